@@ -1,0 +1,91 @@
+"""Attention of the three kinds: full over pages, sliding-window over a ring, and the drafter's block.
+
+All three read keys that are already committed to a cache, plus those of the rows being computed; none writes.
+"""
+
+import jax
+from flax import nnx
+
+from mimo_jax.cache import PagedKV, RingKV
+from mimo_jax.config import AttentionConfig
+from mimo_jax.layers import declare, linear, rope, value
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.window_attention import window_attention
+
+KV = tuple[jax.Array, jax.Array]
+"""Keys [batch, rows, kv_heads, qk_dim] after RoPE and values [batch, rows, kv_heads, v_dim] after the value scale."""
+
+
+class Attention(nnx.Module):
+    """Projections of the attention layers of one kind, stacked; weights [layers, out, in]."""
+
+    def __init__(self, config: AttentionConfig, hidden: int, layers: int, dtype: jax.typing.DTypeLike):
+        def weight(rows: int, axis: str) -> nnx.Param:
+            return declare((layers, rows, hidden), ("layers", axis, "embed"), dtype)
+
+        self.config = config
+        self.q = weight(config.heads * config.qk_dim, "heads")
+        self.k = weight(config.kv_heads * config.qk_dim, "kv_heads")
+        self.v = weight(config.kv_heads * config.v_dim, "kv_heads")
+        self.o = declare((layers, hidden, config.heads * config.v_dim), ("layers", "embed", "heads"), dtype)
+        if config.sink:
+            self.sink = declare((layers, config.heads), ("layers", "heads"), "float32")
+
+    def queries(self, x: jax.Array, layer: jax.Array) -> jax.Array:
+        """x [batch, rows, hidden] to queries [batch, rows, heads, qk_dim], not yet rotated."""
+        return linear(x, value(self.q, layer)).reshape(*x.shape[:2], self.config.heads, self.config.qk_dim)
+
+    def keys_values(self, x: jax.Array, layer: jax.Array) -> KV:
+        """x [batch, rows, hidden] to keys, not yet rotated, and scaled values."""
+        k = linear(x, value(self.k, layer)).reshape(*x.shape[:2], self.config.kv_heads, self.config.qk_dim)
+        v = linear(x, value(self.v, layer)).reshape(*x.shape[:2], self.config.kv_heads, self.config.v_dim)
+        return k, v * self.config.value_scale
+
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """RoPE with this kind's base on this kind's rotary width."""
+        return rope(x, positions, self.config.rotary_dim, self.config.rope_theta)
+
+    def attend(
+        self,
+        q: jax.Array,
+        kv: KV,
+        layer: jax.Array,
+        cache: PagedKV | RingKV,
+        cache_layer: jax.Array,
+        lengths: jax.Array,
+        causal: bool = True,
+    ) -> jax.Array:
+        """Attend to the committed keys of a cache layer and to the block's own, and project the result.
+
+        Args:
+            q: [batch, rows, heads, qk_dim], rotated.
+            kv: The rows' own keys and values.
+            layer: This layer's row in the stacked parameters.
+            cache: Where committed keys lie.
+            cache_layer: This layer's row in the cache.
+            lengths: [batch] int32, committed positions; row r stands at position lengths + r.
+            causal: Whether a row sees only itself and earlier rows of its block.
+
+        Returns:
+            [batch, rows, hidden].
+        """
+        config = self.config
+        sink = value(self.sink, layer) if config.sink else None
+        match cache:
+            case PagedKV():
+                out = paged_attention(
+                    q, cache.k, cache.v, *kv, layer=cache_layer, page_table=cache.table, lengths=lengths, sink=sink
+                )
+            case RingKV():
+                out = window_attention(
+                    q,
+                    cache.k,
+                    cache.v,
+                    *kv,
+                    layer=cache_layer,
+                    lengths=lengths,
+                    visible_keys=config.visible_keys,
+                    causal=causal,
+                    sink=sink,
+                )
+        return linear(out.reshape(*out.shape[:2], config.heads * config.v_dim), value(self.o, layer))

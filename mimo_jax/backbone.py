@@ -1,0 +1,156 @@
+"""The MiMo-V2 text backbone on one page: hybrid full / sliding-window attention, dense and mixture-of-experts MLPs.
+
+Layers of one kind are stacked and run by `lax.scan` over consecutive rows of their stack. The forward pass reads the
+caches and returns each layer's new keys and values; committing them is the caller's decision.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mimo_jax.attention import KV, Attention
+from mimo_jax.cache import BackboneCache
+from mimo_jax.config import AttentionKind, BackboneConfig, LayerKind
+from mimo_jax.layers import declare, linear, rms_norm, swiglu, value
+from mimo_jax.moe import MoE
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BackboneOutput:
+    """What one pass over a block of rows gives."""
+
+    hidden: jax.Array
+    """[batch, rows, hidden]: the residual stream after the last layer, before the final norm."""
+    captured: jax.Array
+    """[batch, rows, captured layers, hidden]: the residual stream after each captured layer."""
+    kv: dict[AttentionKind, KV]
+    """Per attention kind, the rows' keys and values [layers of that kind, batch, rows, kv_heads, dim]."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive layers of one kind: rows `first` .. `first + count - 1` of the kind's stack."""
+
+    kind: LayerKind
+    first: int
+    first_in_cache: int
+    """Row of the first layer in the cache of its attention kind."""
+    count: int
+    captured: bool
+    """Whether the residual stream after the last layer is captured."""
+
+
+def runs(layers: tuple[LayerKind, ...], capture: tuple[int, ...]) -> Iterator[Run]:
+    """Cut the layers into runs of one kind, ending one after every captured layer."""
+    start = 0
+    for i, kind in enumerate(layers):
+        if i + 1 < len(layers) and layers[i + 1] == kind and i not in capture:
+            continue
+        before = layers[:start]
+        yield Run(
+            kind=kind,
+            first=before.count(kind),
+            first_in_cache=sum(k.attention == kind.attention for k in before),
+            count=i + 1 - start,
+            captured=i in capture,
+        )
+        start = i + 1
+
+
+class DenseMLP(nnx.Module):
+    """SwiGLU MLPs of the dense layers of one kind, stacked."""
+
+    def __init__(self, inner: int, hidden: int, layers: int, dtype: jax.typing.DTypeLike):
+        self.gate = declare((layers, inner, hidden), ("layers", "mlp", "embed"), dtype)
+        self.up = declare((layers, inner, hidden), ("layers", "mlp", "embed"), dtype)
+        self.down = declare((layers, hidden, inner), ("layers", "embed", "mlp"), dtype)
+
+    def __call__(self, x: jax.Array, layer: jax.Array) -> jax.Array:
+        """x [..., hidden] to [..., hidden]."""
+        return swiglu(x, value(self.gate, layer), value(self.up, layer), value(self.down, layer))
+
+
+class DecoderLayers(nnx.Module):
+    """The decoder layers of one kind, stacked."""
+
+    def __init__(self, config: BackboneConfig, kind: LayerKind, dtype: jax.typing.DTypeLike):
+        hidden, layers = config.hidden_size, len(config.layers_of(kind))
+        self.eps = config.rms_eps
+        self.attention_norm = declare((layers, hidden), ("layers", "embed"), dtype)
+        self.attention = Attention(config.attention(kind.attention), hidden, layers, dtype)
+        self.mlp_norm = declare((layers, hidden), ("layers", "embed"), dtype)
+        if kind.mlp == "dense":
+            self.mlp = DenseMLP(config.dense_intermediate, hidden, layers, dtype)
+        else:
+            self.mlp = MoE(config.moe, hidden, config.router_dtype, layers, dtype)
+
+    def __call__(
+        self, x: jax.Array, layer: jax.Array, cache: BackboneCache, kind: AttentionKind, cache_layer: jax.Array
+    ) -> tuple[jax.Array, KV]:
+        """One layer over rows x [batch, rows, hidden]: the new residual stream, and the rows' keys and values."""
+        positions = cache.lengths[:, None] + jnp.arange(x.shape[1])
+        attention = self.attention
+        n = rms_norm(x, value(self.attention_norm, layer), self.eps)
+        q = attention.rotate(attention.queries(n, layer), positions)
+        k, v = attention.keys_values(n, layer)
+        kv = attention.rotate(k, positions), v
+        x = x + attention.attend(q, kv, layer, cache.kv[kind], cache_layer, cache.lengths)
+        n = rms_norm(x, value(self.mlp_norm, layer), self.eps)
+        return x + self.mlp(n.reshape(-1, n.shape[-1]), layer).reshape(n.shape), kv
+
+
+class Backbone(nnx.Module):
+    """The text backbone: embedding, decoder layers, final norm, LM head."""
+
+    def __init__(self, config: BackboneConfig, dtype: jax.typing.DTypeLike):
+        self.config = config
+        vocabulary = (config.vocab_size, config.hidden_size)
+        self.embedding = declare(vocabulary, ("vocab", "embed"), dtype)
+        self.layers = nnx.Dict({kind.name: DecoderLayers(config, kind, dtype) for kind in config.kinds})
+        self.final_norm = declare((config.hidden_size,), ("embed",), dtype)
+        self.lm_head = declare(vocabulary, ("vocab", "embed"), dtype)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Ids [...] int32 to rows [..., hidden]."""
+        return value(self.embedding)[tokens]
+
+    def __call__(self, tokens: jax.Array, cache: BackboneCache, capture: tuple[int, ...] = ()) -> BackboneOutput:
+        """Run rows that follow what the cache holds.
+
+        Args:
+            tokens: [batch, rows] int32; row r of sequence b stands at position `cache.lengths[b]` + r. Rows see the
+                committed positions and earlier rows, so rows after the valid ones of a sequence change nothing.
+            cache: Committed keys and values, and the lengths.
+            capture: Numbers of the layers after which the residual stream is captured, increasing.
+        """
+        x = self.embed(tokens)
+        captured: list[jax.Array] = []
+        new: dict[AttentionKind, list[KV]] = {"full": [], "swa": []}
+        for run in runs(self.config.layers, capture):
+            layers, kind = self.layers[run.kind.name], run.kind.attention
+
+            def body(x: jax.Array, i: jax.Array, layers=layers, kind=kind, run=run) -> tuple[jax.Array, KV]:
+                return layers(x, run.first + i, cache, kind, run.first_in_cache + i)
+
+            x, kv = jax.lax.scan(body, x, jnp.arange(run.count, dtype=jnp.int32))
+            new[kind].append(kv)
+            if run.captured:
+                captured.append(x)
+        return BackboneOutput(
+            hidden=x,
+            captured=jnp.stack(captured, axis=2) if captured else x[:, :, None, :][:, :, :0],
+            kv={k: jax.tree.map(lambda *parts: jnp.concatenate(parts), *kvs) for k, kvs in new.items() if kvs},
+        )
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Final norm and LM head: hidden [..., hidden] to logits [..., vocab] float32."""
+        normed = rms_norm(hidden, value(self.final_norm), self.config.rms_eps)
+        return self.head(normed)
+
+    def head(self, normed: jax.Array) -> jax.Array:
+        """The LM head alone, which the drafter shares: normed rows [..., hidden] to logits [..., vocab] float32."""
+        return linear(normed, value(self.lm_head)).astype(jnp.float32)

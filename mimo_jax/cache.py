@@ -1,0 +1,138 @@
+"""Committed keys and values: pages for full-attention layers, rings for windowed ones (SWA and drafter).
+
+Nothing uncertain is ever stored. A pass over a block reads the caches and returns its rows' keys and values; once it is
+known how many rows stand, `commit` stores exactly those. Dropping the rest is all that rolling back takes.
+
+A ring keeps position c in slot c mod R. What a slot holds follows from the committed length alone, so no positions are
+stored. Reading needs visible_keys - 1 slots; rings have visible_keys + block - 1, enough also for a kernel that places
+the block's rows in the ring before it reads.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from mimo_jax.config import AttentionConfig, AttentionKind, BackboneConfig, DrafterConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedKV:
+    """Keys and values of all full-attention layers, in pages that sequences own by table."""
+
+    k: jax.Array
+    """[layers, pages, page_size, kv_heads, qk_dim]."""
+    v: jax.Array
+    """[layers, pages, page_size, kv_heads, v_dim]."""
+    table: jax.Array
+    """[batch, pages per sequence] int32: page p of a sequence holds its positions p * page_size onward."""
+
+    def commit(self, kv: tuple[jax.Array, jax.Array], lengths: jax.Array, counts: jax.Array) -> "PagedKV":
+        """Store the first `counts` [batch] of the rows kv [layers, batch, rows, ...] from position `lengths` on."""
+        pages, size = self.k.shape[1:3]
+        row = jnp.arange(kv[0].shape[2], dtype=jnp.int32)
+        position = lengths[:, None] + row  # [batch, rows]
+        column = jnp.minimum(position // size, self.table.shape[1] - 1)
+        page = jnp.take_along_axis(self.table, column, axis=1)
+        stands = (row < counts[:, None]) & (position < self.table.shape[1] * size)
+        page = jnp.where(stands, page, pages)  # out of range: dropped
+        at = (slice(None), page, position % size)
+        return replace(self, k=_store(self.k, at, kv[0]), v=_store(self.v, at, kv[1]))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RingKV:
+    """Keys and values of all layers of one windowed kind, in one ring a sequence."""
+
+    k: jax.Array
+    """[layers, batch, slots, kv_heads, qk_dim]."""
+    v: jax.Array
+    """[layers, batch, slots, kv_heads, v_dim]."""
+
+    def commit(self, kv: tuple[jax.Array, jax.Array], lengths: jax.Array, counts: jax.Array) -> "RingKV":
+        """Store the first `counts` [batch] of the rows kv [layers, batch, rows, ...] from position `lengths` on."""
+        slots = self.k.shape[2]
+        row = jnp.arange(kv[0].shape[2], dtype=jnp.int32)
+        # of more rows than slots only the last survive; writing one slot twice would leave the winner open
+        stands = (row < counts[:, None]) & (row >= counts[:, None] - slots)
+        slot = jnp.where(stands, (lengths[:, None] + row) % slots, slots)  # out of range: dropped
+        at = (slice(None), jnp.arange(slot.shape[0])[:, None], slot)
+        return RingKV(_store(self.k, at, kv[0]), _store(self.v, at, kv[1]))
+
+
+def _store(stored: jax.Array, at: tuple, rows: jax.Array) -> jax.Array:
+    return stored.at[at].set(rows.astype(stored.dtype), mode="drop")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BackboneCache:
+    """All that the backbone remembers of a batch of sequences."""
+
+    lengths: jax.Array
+    """[batch] int32: positions 0 .. length - 1 are committed."""
+    kv: dict[AttentionKind, PagedKV | RingKV]
+
+    def commit(
+        self, kv: dict[AttentionKind, tuple[jax.Array, jax.Array]], counts: jax.Array
+    ) -> "BackboneCache":
+        """Store the first `counts` [batch] of the rows a pass returned, and lengthen the sequences by as much."""
+        stored = {kind: cache.commit(kv[kind], self.lengths, counts) for kind, cache in self.kv.items()}
+        return BackboneCache(self.lengths + counts, stored)
+
+
+def ring_slots(visible_keys: int | None, block: int, capacity: int) -> int:
+    """Slots of a ring whose reader sees `visible_keys` keys and whose writer adds up to `block` rows at a time.
+
+    Without a window, or with one longer than the sequences may grow, every position has its own slot.
+    """
+    return capacity if visible_keys is None else min(capacity, visible_keys + block - 1)
+
+
+def backbone_cache(
+    config: BackboneConfig,
+    batch: int,
+    capacity: int,
+    block: int,
+    dtype: jax.typing.DTypeLike,
+    page_size: int = 64,
+) -> BackboneCache:
+    """An empty cache in which each of `batch` sequences owns pages for `capacity` positions.
+
+    Args:
+        config: The backbone.
+        batch: Sequences.
+        capacity: Positions a sequence may grow to; rounded up to whole pages.
+        block: Rows a decode round may add (the drafter's block; 1 without a drafter).
+        dtype: Of keys and values.
+        page_size: Positions a page holds.
+    """
+    pages = -(-capacity // page_size)
+    kv: dict[AttentionKind, PagedKV | RingKV] = {}
+    for kind in dict.fromkeys(layer.attention for layer in config.layers):
+        attention = config.attention(kind)
+        layers = sum(layer.attention == kind for layer in config.layers)
+        if kind == "full":
+            table = jnp.arange(batch * pages, dtype=jnp.int32).reshape(batch, pages)
+            kv[kind] = PagedKV(*_zeros((layers, batch * pages, page_size), attention, dtype), table)
+        else:
+            slots = ring_slots(attention.visible_keys, block, capacity)
+            kv[kind] = RingKV(*_zeros((layers, batch, slots), attention, dtype))
+    return BackboneCache(jnp.zeros(batch, jnp.int32), kv)
+
+
+def drafter_ring(config: DrafterConfig, batch: int, capacity: int, dtype: jax.typing.DTypeLike) -> RingKV:
+    """An empty ring for the drafter's context keys and values, for sequences of up to `capacity` positions."""
+    slots = ring_slots(config.attention.visible_keys, config.block_size, capacity)
+    return RingKV(*_zeros((config.num_layers, batch, slots), config.attention, dtype))
+
+
+def _zeros(
+    lead: tuple[int, ...], attention: AttentionConfig, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    return (
+        jnp.zeros((*lead, attention.kv_heads, attention.qk_dim), dtype),
+        jnp.zeros((*lead, attention.kv_heads, attention.v_dim), dtype),
+    )

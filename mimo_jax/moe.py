@@ -1,0 +1,68 @@
+"""The mixture of experts: a sigmoid router with a correction bias, and SwiGLU experts without clamp."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mimo_jax.config import MoeConfig
+from mimo_jax.layers import declare, value
+from mimo_jax.quantization import MXFP4Weight, dequantize
+from pallas_kernels.expert_mlp import expert_mlp, mxfp4_expert_mlp
+
+
+class MoE(nnx.Module):
+    """Routers and experts of the MoE layers of one kind, stacked."""
+
+    def __init__(self, config: MoeConfig, hidden: int, router_dtype: str, layers: int, dtype: jax.typing.DTypeLike):
+        self.config, self.router_dtype = config, router_dtype
+        experts, inner = config.experts, config.intermediate
+        self.router = declare((layers, experts, hidden), ("layers", "expert", "embed"), "float32")
+        self.correction_bias = declare((layers, experts), ("layers", "expert"), "float32")
+        self.gate_up = declare(
+            (layers, experts, 2, inner, hidden), ("layers", "expert", "gate_up", "expert_inner", "embed"), dtype
+        )
+        self.down = declare((layers, experts, hidden, inner), ("layers", "expert", "embed", "expert_inner"), dtype)
+
+    def __call__(self, x: jax.Array, layer: jax.Array) -> jax.Array:
+        """x [tokens, hidden] through the chosen experts: [tokens, hidden]."""
+        dtype = jnp.dtype(self.router_dtype)
+        inputs, weight = x.astype(dtype).astype(jnp.float32), value(self.router, layer).astype(dtype)
+        logits = jnp.dot(inputs, weight.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
+        ids, weights = route(logits, value(self.correction_bias, layer), self.config)
+        gate_up, down = self.gate_up.get_value(), self.down.get_value()
+        if isinstance(gate_up, MXFP4Weight):
+            return mxfp4_expert_mlp(
+                x, ids, weights, gate_up.codes, gate_up.scales, down.codes, down.scales, layer=layer
+            )
+
+        def expert(e: jax.Array) -> tuple[jax.Array, jax.Array]:
+            at = jax.tree.map(lambda w: w[layer, e], (gate_up, down))
+            return dequantize(at[0], x.dtype), dequantize(at[1], x.dtype)
+
+        return expert_mlp(x, ids, weights, expert, self.config.experts)
+
+
+def route(logits: jax.Array, correction_bias: jax.Array, config: MoeConfig) -> tuple[jax.Array, jax.Array]:
+    """Choose experts by biased score, weigh them by unbiased score (DeepSeek-V3's auxiliary-loss-free routing).
+
+    Args:
+        logits: [tokens, experts] float32.
+        correction_bias: [experts] float32: moves the choice, not the weights.
+        config: Number of experts a token, groups, normalisation and scaling.
+
+    Returns:
+        ids [tokens, top_k] int32 and weights [tokens, top_k] float32. Equal scores go to the lower id.
+    """
+    scores = jax.nn.sigmoid(logits)
+    choice = scores + correction_bias
+    if config.groups > 1:
+        grouped = choice.reshape(-1, config.groups, config.experts // config.groups)
+        group_scores = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)  # [tokens, groups]
+        _, best = jax.lax.top_k(group_scores, config.top_groups)
+        kept = jnp.any(jax.nn.one_hot(best, config.groups, dtype=bool), axis=1)
+        choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
+    _, ids = jax.lax.top_k(choice, config.top_k)
+    weights = jnp.take_along_axis(scores, ids, axis=-1)
+    if config.normalize and config.top_k > 1:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return ids, weights * config.scaling

@@ -1,0 +1,59 @@
+"""Weights as they are stored: MXFP4 codes with e8m0 scales, and FP8 e4m3 with float32 block scales.
+
+A weight leaf is a plain array [..., out, in] or one of the types here; `dequantize` makes any of them plain.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import mxfp4
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MXFP4Weight:
+    """A weight [..., out, in] in MXFP4: blocks of 32 along `in` share a power-of-two scale."""
+
+    codes: jax.Array
+    """[..., out, in / 2] uint8, the even element in the low nibble."""
+    scales: jax.Array
+    """[..., out, in / 32] uint8, 2**(byte - 127)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FP8BlockWeight:
+    """A weight [..., out, in] in FP8 e4m3 with multiplicative scales: one for each tile of rows and of columns.
+
+    Rows of a fused projection are reordered at load, so a tile has as many rows as the reordering left together
+    (`out / scales.shape[-2]`: 128 for a plain weight, 64 for the K and V of a 192/128 head).
+    """
+
+    values: jax.Array
+    """[..., out, in] float8_e4m3fn."""
+    scales: jax.Array
+    """[..., row tiles, column tiles] float32."""
+
+
+Weight = jax.Array | MXFP4Weight | FP8BlockWeight
+
+FP8_COLUMNS = 128
+"""Columns in a tile of an FP8 weight; the last tile may be cut short."""
+
+
+def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A weight of any type as a plain array [..., out, in] in `dtype`.
+
+    The product of FP8 value and scale is formed in float32 and rounded once.
+    """
+    match weight:
+        case MXFP4Weight(codes, scales):
+            return mxfp4.decode(codes, scales, dtype)
+        case FP8BlockWeight(values, scales):
+            rows, columns = values.shape[-2:]
+            tiles = jnp.repeat(jnp.repeat(scales, rows // scales.shape[-2], axis=-2), FP8_COLUMNS, axis=-1)
+            return (values.astype(jnp.float32) * tiles[..., :columns]).astype(dtype)
+        case _:
+            return weight.astype(dtype)

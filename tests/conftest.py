@@ -1,0 +1,73 @@
+"""Shared by all tests: eight CPU devices, strict promotion, a compilation cache, seeds and golden folders."""
+
+import os
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GOLDEN = REPOSITORY / "tests" / "golden"
+DEVICE_COUNT = 8
+
+# Both must stand before jax is imported anywhere.
+os.environ["JAX_PLATFORMS"] = "cpu"
+_given = os.environ.get("XLA_FLAGS", "").split()
+_kept = [flag for flag in _given if "xla_force_host_platform_device_count" not in flag]
+os.environ["XLA_FLAGS"] = " ".join([*_kept, f"--xla_force_host_platform_device_count={DEVICE_COUNT}"])
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# A size limit makes jax take a file lock for every access, so the workers of pytest-xdist may share the folder.
+jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / "build" / "jax-cache"))
+jax.config.update("jax_compilation_cache_max_size", 2 << 30)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def golden_roots() -> list[Path]:
+    """The golden folders to test against: the repository's own and a fuller set where there is one.
+
+    The fuller set is the folder named by MIMO_JAX_GOLDEN, else `shared/golden` beside the repository if it exists.
+    """
+    named = os.environ.get("MIMO_JAX_GOLDEN")
+    if named and not Path(named).is_dir():
+        raise pytest.UsageError(f"MIMO_JAX_GOLDEN names no folder: {named}")
+    extra = Path(named) if named else REPOSITORY.parent / "shared" / "golden"
+    return [GOLDEN, extra] if extra.is_dir() else [GOLDEN]
+
+
+def golden_folders(kind: str) -> list[Path]:
+    """Every folder of one kind (`backbone_tiny_f32`, or a pattern such as `backbone_*`) in every golden root.
+
+    Meant for `pytest.mark.parametrize`: raises if there is none, so that a test never passes for want of data.
+    """
+    found = [folder for root in golden_roots() for folder in sorted(root.glob(kind)) if folder.is_dir()]
+    if not found:
+        raise pytest.UsageError(f"no golden folder {kind} under {', '.join(map(str, golden_roots()))}")
+    return found
+
+
+def golden_id(folder: Path) -> str:
+    """A test id that tells the repository's copy from others: `tests/golden/x` -> `x`, elsewhere -> `shared-x`."""
+    return folder.name if folder.is_relative_to(GOLDEN) else f"{folder.parent.parent.name}-{folder.name}"
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The golden data that is part of the repository."""
+    return GOLDEN
+
+
+@pytest.fixture
+def seed() -> int:
+    """A seed that pytest shows when the test fails; MIMO_JAX_TEST_SEED repeats or changes a run."""
+    value = int(os.environ.get("MIMO_JAX_TEST_SEED", "20260"))
+    print(f"MIMO_JAX_TEST_SEED={value}")
+    return value
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """NumPy's generator from `seed`."""
+    return np.random.default_rng(seed)
