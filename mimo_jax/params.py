@@ -18,7 +18,8 @@ class Declared[M: nnx.Module]:
     """A module built from shapes alone, waiting for parameters."""
 
     def __init__(self, build: Callable[[], M]):
-        self._definition, self._state = nnx.split(nnx.eval_shape(build))
+        self.module = nnx.eval_shape(build)
+        self._definition, self._state = nnx.split(self.module)
 
     @property
     def shapes(self) -> Params:

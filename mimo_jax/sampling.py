@@ -6,6 +6,7 @@ purpose) alone, so samples do not change with the batch, the block boundaries or
 """
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -115,12 +116,22 @@ def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
     def cut(x: jax.Array) -> jax.Array:
         order = _ordered_bits(x)
+
+        def largest(holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+            """The largest threshold a row for which a predicate, true at 0 and never again once false, holds."""
+
+            def step(i: jax.Array, t: jax.Array) -> jax.Array:
+                raised = t | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+                return jnp.where(holds(raised), raised, t)
+
+            return jax.lax.fori_loop(0, 32, step, jnp.zeros((*x.shape[:-1], 1), jnp.uint32))
+
         k = jnp.where(top_k > 0, top_k, x.shape[-1])
-        kept = order >= _largest(lambda t: jnp.sum(order >= t, axis=-1, keepdims=True) >= k, k.shape)
+        kept = order >= largest(lambda t: jnp.sum(order >= t, axis=-1, keepdims=True) >= k)
         mass = jnp.where(kept, jnp.exp(x - jnp.max(x, axis=-1, keepdims=True)), 0.0)
         wanted = top_p * jnp.sum(mass, axis=-1, keepdims=True)
-        enough = _largest(
-            lambda t: jnp.sum(jnp.where(order >= t, mass, 0.0), axis=-1, keepdims=True) >= wanted, wanted.shape
+        enough = largest(
+            lambda t: jnp.sum(jnp.where(order >= t, mass, 0.0), axis=-1, keepdims=True) >= wanted
         )
         kept &= (order >= enough) | (top_p >= 1)
         kept &= mass >= min_p  # the best token's mass is 1
@@ -134,16 +145,6 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
     """uint32 that sort as the float32 values do."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _largest(holds, shape: tuple[int, ...]) -> jax.Array:
-    """The largest uint32 threshold for which a predicate, true at 0 and never true again once false, holds."""
-
-    def step(i: jax.Array, t: jax.Array) -> jax.Array:
-        raised = t | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(holds(raised), raised, t)
-
-    return jax.lax.fori_loop(0, 32, step, jnp.zeros(shape, jnp.uint32))
 
 
 def keys(seed: jax.Array, positions: jax.Array, purpose: Purpose) -> jax.Array:
@@ -205,7 +206,8 @@ def accept_rejection(
         q: [batch, rows - 1, vocab] float32: the distributions the drafts were drawn from.
         drafts: [batch, rows - 1] int32.
         uniform: [batch, rows - 1] float32 in [0, 1): draft i is accepted iff it is below min(1, p / q).
-        final_uniform: [batch] float32 in [0, 1): picks the extra token by inverse CDF.
+        final_uniform: [batch, rows] float32 in [0, 1): that of the row the extra token is drawn at picks it, by inverse
+            CDF.
 
     Returns:
         accepted [batch] int32 in 0 .. rows - 1, and the extra token [batch] int32, drawn from the normalised
@@ -224,5 +226,6 @@ def accept_rejection(
     # p = q up to rounding can leave nothing; then any law is as good, and p is the natural one
     residual = jnp.where(jnp.sum(residual, axis=-1, keepdims=True) > 0, residual, p_row)
     mass = jnp.cumsum(residual, axis=-1)
-    extra = jnp.argmax(mass > final_uniform[:, None] * mass[:, -1:], axis=-1)
+    final = jnp.take_along_axis(final_uniform, accepted[:, None], axis=1)
+    extra = jnp.argmax(mass > final * mass[:, -1:], axis=-1)
     return accepted, extra.astype(jnp.int32)

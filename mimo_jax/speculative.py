@@ -168,8 +168,13 @@ def decode(
     Returns:
         The state, the rounds [rounds, batch, ...] (zero beyond the ones run) and how many ran.
     """
-    shapes = jax.eval_shape(lambda s: _round(models, params, s, requests, verify_length, sampled_drafts)[1], state)
-    log = jax.tree.map(lambda s: jnp.zeros((rounds, *s.shape), s.dtype), shapes)
+    batch = state.anchor.shape[0]
+    log = Rounds(
+        drafts=jnp.zeros((rounds, batch, verify_length - 1), jnp.int32),
+        tokens=jnp.zeros((rounds, batch, verify_length), jnp.int32),
+        counts=jnp.zeros((rounds, batch), jnp.int32),
+        accepted=jnp.zeros((rounds, batch), jnp.int32),
+    )
 
     def proceed(carry: tuple[jax.Array, DecodeState, Rounds]) -> jax.Array:
         i, state, _ = carry
@@ -203,7 +208,7 @@ def _round(
     truncated = truncate(logits, sampling)
     if sampled_drafts:
         uniform = uniforms(sampling.seed, positions[:, :-1], Purpose.ACCEPT)
-        final = uniforms(sampling.seed, positions[:, -1:], Purpose.RESIDUAL)[:, 0]
+        final = uniforms(sampling.seed, positions, Purpose.RESIDUAL)
         accepted, extra = accept_rejection(probabilities(truncated, sampling), q, drafts, uniform, final)
         row = jnp.arange(verify_length)
         tokens = jnp.where(row == accepted[:, None], extra[:, None], jnp.roll(block, -1, axis=1))
