@@ -28,12 +28,13 @@ $(STAMP): pyproject.toml .python-version
 		if ! $$uv --version >/dev/null 2>&1; then \
 			echo "uv is not installed: fetching it into .uv"; \
 			if python3 -m pip --version >/dev/null 2>&1; then \
-				python3 -m pip install --quiet --upgrade --target .uv --python-version 3.12 --only-binary=:all: uv; \
+				python3 -m pip install --quiet --upgrade --target .uv --only-binary=:all: --ignore-requires-python uv || true; \
 			elif python3 -c "import ensurepip, venv" >/dev/null 2>&1; then \
-				python3 -m venv .uv && .uv/bin/python -m pip install --quiet uv; \
-			else \
-				echo "python3 has no pip and cannot make a virtual environment." >&2; \
-				echo "Install one of uv, python3-pip, python3-venv and run make again." >&2; \
+				python3 -m venv .uv && .uv/bin/python -m pip install --quiet uv || true; \
+			fi; \
+			if ! $$uv --version >/dev/null 2>&1; then \
+				echo "Could not fetch uv: python3 needs a pip of 2020 or later, or the venv module, and a network." >&2; \
+				echo "Install uv by hand and run make again." >&2; \
 				exit 1; \
 			fi; \
 		fi; \
