@@ -1,0 +1,289 @@
+"""Weights as a checkpoint stores them, and their way into arrays: block by block, straight into the final sharding.
+
+A leaf of the parameter tree stacks many stored weights. Every block of it that a device owns is read by byte ranges
+into one buffer, decoded on the way if it is to be expanded, and handed to the device before the next is begun.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from mimo_jax.qkv_layout import RowMap
+from mimo_jax.quantization import FP8_COLUMNS, FP8BlockWeight, MXFP4Weight
+from mimo_jax.safetensors_reader import NUMPY_DTYPES, CheckpointError, StoredTensor
+from pallas_kernels import mxfp4
+
+Format = Literal["plain", "fp8", "mxfp4"]
+Sharding = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
+"""From the logical axes and the shape of an array to where it lives."""
+Progress = Callable[[int], None]
+"""Told how many more bytes of the checkpoint have been read."""
+
+_STRIP_BYTES = 1 << 26  # rows are read and decoded in strips of about this size
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """One matrix [out, in] or vector [n] of the model in a checkpoint."""
+
+    tensor: StoredTensor
+    shape: tuple[int, ...]
+    """[out, in] or [n] of the weight itself, which packed codes and fused tensors do not show."""
+    format: Format = "plain"
+    rows: RowMap | None = None
+    """None: in order, and not FP8."""
+    scales: tuple[StoredTensor, ...] = ()
+    """FP8: float32, put one below another. MXFP4: one tensor of bytes."""
+    scale_columns: int = FP8_COLUMNS
+    """Columns in a tile of FP8 scales."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Stored bytes of a row (FP8 scales, a few parts in ten thousand, are not counted)."""
+        tensors = (self.tensor, *self.scales) if self.format == "mxfp4" else (self.tensor,)
+        return sum(t.nbytes // t.shape[0] for t in tensors)
+
+    def read_values(self, out: np.ndarray, start: int, stop: int) -> None:
+        """Stored rows start .. stop, in the model's order, into `out` [stop - start, ...]."""
+        self._read_rows(self.tensor, out, start, stop)
+
+    def read_mxfp4_scales(self, out: np.ndarray, start: int, stop: int) -> None:
+        """Scale bytes of rows start .. stop into `out` [stop - start, in / 32] uint8.
+
+        Raises:
+            CheckpointError: A scale is 255, which stands for no number.
+        """
+        self._read_rows(self.scales[0], out, start, stop)
+        if out.size and out.max() == 255:
+            raise CheckpointError(f"{self.scales[0].file.path}: {self.scales[0].name}: a scale byte is 255 (NaN)")
+
+    def read_fp8_scales(self) -> np.ndarray:
+        """All FP8 scales [scale rows, column tiles] float32.
+
+        Raises:
+            CheckpointError: A scale is not finite.
+        """
+        scales = [tensor.read() for tensor in self.scales]
+        for tensor, values in zip(self.scales, scales, strict=True):
+            if not np.isfinite(values).all():
+                raise CheckpointError(f"{tensor.file.path}: {tensor.name}: a scale is not a finite number")
+        return np.concatenate(scales)
+
+    def read_tile_scales(self, out: np.ndarray, start: int, stop: int, tile: int) -> None:
+        """FP8 scales of row tiles start .. stop of `tile` rows and of `FP8_COLUMNS` columns each."""
+        assert self.rows is not None
+        columns = np.arange(out.shape[1]) * FP8_COLUMNS // self.scale_columns
+        out[:] = self.read_fp8_scales()[self.rows.scale[start * tile : stop * tile : tile]][:, columns]
+
+    def read_expanded(self, out: np.ndarray, start: int, stop: int) -> None:
+        """Rows start .. stop decoded into `out` [stop - start, ...] in its dtype, products rounded once."""
+        stored_dtype = NUMPY_DTYPES[self.tensor.dtype]
+        if self.format == "plain" and stored_dtype == out.dtype:
+            return self.read_values(out, start, stop)
+        raw = np.empty((stop - start, *self.tensor.shape[1:]), stored_dtype)
+        self.read_values(raw, start, stop)
+        if self.format == "plain":
+            out[:] = raw.astype(out.dtype)
+        elif self.format == "fp8":
+            assert self.rows is not None
+            scales = self.read_fp8_scales()[self.rows.scale[start:stop]]
+            product = raw.astype(np.float32)
+            product *= np.repeat(scales, self.scale_columns, axis=1)[:, : self.shape[1]]
+            out[:] = product.astype(out.dtype)
+        else:
+            scale_bytes = np.empty((stop - start, self.scales[0].shape[1]), np.uint8)
+            self.read_mxfp4_scales(scale_bytes, start, stop)
+            elements, powers = _mxfp4_tables()
+            blocks = elements[raw].reshape(*scale_bytes.shape, mxfp4.BLOCK) * powers[scale_bytes][..., None]
+            out[:] = blocks.reshape(out.shape).astype(out.dtype)
+        return None
+
+    def _read_rows(self, tensor: StoredTensor, out: np.ndarray, start: int, stop: int) -> None:
+        runs = [(start, start, stop - start)] if self.rows is None else self.rows.runs(start, stop)
+        for row, stored, count in runs:
+            tensor.read_into(out[row - start : row - start + count].view(NUMPY_DTYPES[tensor.dtype]), stored)
+
+
+@cache
+def _mxfp4_tables() -> tuple[np.ndarray, np.ndarray]:
+    """The two elements of every byte [256, 2] and the value of every scale byte [256], in float32."""
+    values = np.concatenate([mxfp4.MAGNITUDES, -mxfp4.MAGNITUDES])
+    byte = np.arange(256)
+    powers = np.ldexp(np.ones(256, np.float32), np.minimum(byte - 127, 127))
+    return np.stack([values[byte & 15], values[byte >> 4]], axis=-1), powers
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A leaf of the parameter tree and the stored weights it stacks."""
+
+    path: tuple[str, ...]
+    lead: tuple[int, ...]
+    """Leading axes, such as (layers, experts, 2)."""
+    sources: list[StoredWeight]
+    """In row-major order of `lead`; all of one shape."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight, not of its packed parts."""
+        return (*self.lead, *self.sources[0].shape)
+
+    @property
+    def formats(self) -> set[Format]:
+        """The stored formats that occur."""
+        return {source.format for source in self.sources}
+
+    @property
+    def nbytes(self) -> int:
+        """What reading it all reports to `Progress`."""
+        return sum(source.row_bytes * source.shape[0] for source in self.sources)
+
+    def load(self, dtype: np.dtype, packed: bool, placer: "Placer", axes: tuple[str, ...]) -> Any:
+        """Read it.
+
+        Args:
+            dtype: Of the values where they are plain or expanded.
+            packed: Keep the stored format; all sources must then have the same.
+            placer: Where arrays go.
+            axes: Logical names of the axes of `shape`.
+
+        Returns:
+            An array, or an `MXFP4Weight` or `FP8BlockWeight`.
+        """
+        source, format = self.sources[0], self.sources[0].format if packed else "plain"
+        if format == "mxfp4":
+            codes, scales = source.tensor.shape[1], source.scales[0].shape[1]
+            rows, code_bytes = source.shape[0], codes * source.shape[0]
+            return MXFP4Weight(
+                placer.place(self, (rows, codes), np.dtype(np.uint8), axes, StoredWeight.read_values, code_bytes),
+                placer.place(
+                    self, (rows, scales), np.dtype(np.uint8), axes, StoredWeight.read_mxfp4_scales, scales * rows
+                ),
+            )
+        if format == "fp8":
+            rows, columns = source.shape
+            tile = math.gcd(*(s.rows.tile for s in {id(s.rows): s for s in self.sources}.values() if s.rows))
+
+            def tile_scales(weight: StoredWeight, out: np.ndarray, start: int, stop: int) -> None:
+                weight.read_tile_scales(out, start, stop, tile)
+
+            tiles = (rows // tile, math.ceil(columns / FP8_COLUMNS))
+            return FP8BlockWeight(
+                placer.place(
+                    self,
+                    (rows, columns),
+                    np.dtype(ml_dtypes.float8_e4m3fn),
+                    axes,
+                    StoredWeight.read_values,
+                    rows * columns,
+                ),
+                placer.place(self, tiles, np.dtype(np.float32), axes, tile_scales, 0),
+            )
+        return placer.place(self, source.shape, dtype, axes, StoredWeight.read_expanded, None)
+
+
+ReadRows = Callable[[StoredWeight, np.ndarray, int, int], None]
+
+
+class Placer:
+    """Reads leaves into device arrays, one device's block at a time, with several readers."""
+
+    def __init__(self, sharding: Sharding | None, progress: Progress | None, readers: int):
+        self._sharding = sharding
+        self._progress = progress or (lambda _: None)
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="checkpoint-reader")
+
+    def __enter__(self) -> "Placer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def place(
+        self,
+        leaf: Leaf,
+        inner: tuple[int, ...],
+        dtype: np.dtype,
+        axes: tuple[str, ...],
+        read: ReadRows,
+        source_bytes: int | None,
+    ) -> jax.Array:
+        """An array [*leaf.lead, *inner] whose last axes `read` fills, whole rows at a time.
+
+        Args:
+            leaf: What is read.
+            inner: [rows, ...] of what one source gives.
+            dtype: Of the array.
+            axes: Logical names of its axes.
+            read: Fills rows start .. stop of one source.
+            source_bytes: What one source counts for in progress; None: all it has.
+        """
+        shape = (*leaf.lead, *inner)
+        sharding = self._where(axes, shape)
+        owners: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            assert index is not None
+            owners.setdefault(tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)), []).append(device)
+        arrays: list[jax.Array] = []
+        for block, devices in owners.items():
+            buffer = np.empty([stop - start for start, stop in block], dtype)
+            for done in self._run(_jobs(leaf, inner, buffer, block, read, source_bytes)):
+                self._progress(done)
+            # Waiting here bounds the memory of the host: one block, not all that its devices own.
+            arrays += jax.block_until_ready([jax.device_put(buffer, device) for device in devices])
+        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+    def put(self, values: np.ndarray, axes: tuple[str, ...]) -> jax.Array:
+        """An array that is already in memory."""
+        return jax.device_put(values, self._where(axes, values.shape))
+
+    def _where(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        if self._sharding is None:
+            return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return self._sharding(axes, shape)
+
+    def _run(self, jobs: Iterable[Callable[[], int]]) -> Iterator[int]:
+        for batch in itertools.batched(jobs, 1024):
+            yield from self._pool.map(lambda job: job(), batch)
+
+
+def _jobs(
+    leaf: Leaf,
+    inner: tuple[int, ...],
+    buffer: np.ndarray,
+    block: tuple[tuple[int, int], ...],
+    read: ReadRows,
+    source_bytes: int | None,
+) -> Iterator[Callable[[], int]]:
+    """Reads that together fill a buffer, each a strip of rows of one source; each returns its bytes for progress."""
+    depth = len(leaf.lead)
+    (first, last), rest = block[depth], block[depth + 1 :]
+    columns = tuple(slice(*bounds) for bounds in rest)
+    whole = all(bounds == (0, size) for bounds, size in zip(rest, inner[1:], strict=True))
+    strip = max(1, _STRIP_BYTES // max(1, math.prod(inner[1:]) * buffer.dtype.itemsize))
+    strides = [math.prod(leaf.lead[i + 1 :]) for i in range(depth)]
+
+    def job(source: StoredWeight, out: np.ndarray, start: int, stop: int) -> int:
+        if whole:
+            read(source, out, start, stop)
+        else:
+            wide = np.empty((stop - start, *inner[1:]), buffer.dtype)
+            read(source, wide, start, stop)
+            out[:] = wide[(slice(None), *columns)]
+        row_bytes = source.row_bytes if source_bytes is None else source_bytes // inner[0]
+        return row_bytes * (stop - start) * math.prod(out.shape[1:]) // math.prod(inner[1:])
+
+    for position in itertools.product(*(range(*bounds) for bounds in block[:depth])):
+        source = leaf.sources[sum(p * s for p, s in zip(position, strides, strict=True))]
+        into = buffer[tuple(p - start for p, (start, _) in zip(position, block[:depth], strict=True))]
+        for start in range(first, last, strip):
+            stop = min(start + strip, last)
+            yield lambda s=source, o=into[start - first : stop - first], a=start, b=stop: job(s, o, a, b)
