@@ -67,6 +67,7 @@ class _Checkpoint:
     def load(
         self,
         declared: Declared[Any],
+        *,
         storage: Storage = "packed",
         sharding: Sharding | None = None,
         progress: Progress | None = None,
