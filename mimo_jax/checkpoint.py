@@ -292,7 +292,11 @@ class _AttentionPlan:
                     return []
             return [m.weight(plain_rows(m.shape[0], block), m.shape, self._scale_columns) for m in matrices]
         q, k, v = (scale.shape[0] for scale in scales)
-        if (fitting := split_rows(attention, block, (q, k, v))) is None:
+        # Chunks were those of the full-attention heads in layers of both kinds; other exports may use the layer's own.
+        counts = dict.fromkeys((self._config.full.kv_heads, attention.kv_heads))
+        possible = [c for c in counts if attention.kv_heads % c == attention.heads % c == 0]
+        fitting = next((f for c in possible if (f := split_rows(attention, c, block, (q, k, v)))), None)
+        if fitting is None:
             names = ", ".join(map(str, scales))
             self._claims.wrong(f"{names}: these numbers of rows fit neither plain tiles nor tiles of [q|k|v] chunks")
             return []

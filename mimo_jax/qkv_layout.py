@@ -58,7 +58,7 @@ def fused_rows(attention: AttentionConfig, chunks: int, block: int, scales_per_c
         block: Rows in a scale tile.
         scales_per_chunk: Whether scale tiles start afresh in every chunk, or run through the whole tensor.
     """
-    sizes = _chunk_rows(attention, chunks)
+    sizes = chunk_rows(attention, chunks)
     length = sum(sizes)
     tiles = math.ceil(length / block)
     maps, first = [], 0
@@ -74,38 +74,38 @@ def fused_rows(attention: AttentionConfig, chunks: int, block: int, scales_per_c
 
 def fused_scale_rows(attention: AttentionConfig, chunks: int, block: int) -> tuple[int, int]:
     """Scale rows of a fused tensor whose tiles start afresh in every chunk, and of one with a single grid."""
-    length = sum(_chunk_rows(attention, chunks))
+    length = sum(chunk_rows(attention, chunks))
     return chunks * math.ceil(length / block), math.ceil(chunks * length / block)
 
 
 def split_rows(
-    attention: AttentionConfig, block: int, scale_rows: tuple[int, int, int] | None
+    attention: AttentionConfig, chunks: int, block: int, scale_rows: tuple[int, int, int] | None
 ) -> tuple[tuple[RowMap, ...], bool] | None:
     """The row maps of q, k and v that are stored apart, and whether they share their scales.
 
     Args:
         attention: Sizes.
+        chunks: Number of chunks on which scales may have been computed.
         block: Rows in a scale tile.
         scale_rows: Rows of the scales of q, k and v, or None where they are not FP8.
 
     Returns:
         None if the numbers of scale rows fit neither rule. Otherwise three maps, and False where each counts the rows
-        of its own scales; True where scales were computed on chunks of one key head each and the maps count the rows
-        of all three scales put one below another.
+        of its own scales; True where scales were computed on chunks and the maps count the rows of all three scales
+        put one below another.
     """
-    heads = attention.kv_heads
-    sizes = _chunk_rows(attention, heads)
-    total = [size * heads for size in sizes]
+    sizes = chunk_rows(attention, chunks)
+    total = [size * chunks for size in sizes]
     if scale_rows is None or scale_rows == tuple(math.ceil(rows / block) for rows in total):
         return tuple(plain_rows(rows, block) for rows in total), False
-    owned = _tiles_of_chunk(sizes, block)
-    if scale_rows != tuple(heads * n for n in owned):
+    owned = tiles_of_chunk(sizes, block)
+    if scale_rows != tuple(chunks * n for n in owned):
         return None
     # Tile t of a chunk belongs to the projection it starts in; each projection has its tiles of all chunks in order.
     before = np.cumsum([0, *scale_rows])
     owner = np.repeat(np.arange(3), owned)
     position = np.arange(sum(owned)) - np.cumsum([0, *owned])[owner]
-    chunk = np.arange(heads)[:, None]
+    chunk = np.arange(chunks)[:, None]
     maps, start = [], 0
     for size, rows in zip(sizes, total, strict=True):
         tile = (start + np.arange(size)) // block
@@ -148,7 +148,8 @@ def choose_chunks(asked: QkvLayout, metadata: Mapping[str, Any], kv_heads: int, 
     )
 
 
-def _chunk_rows(attention: AttentionConfig, chunks: int) -> tuple[int, int, int]:
+def chunk_rows(attention: AttentionConfig, chunks: int) -> tuple[int, int, int]:
+    """Rows of q, k and v in one of `chunks` chunks."""
     return (
         attention.heads // chunks * attention.qk_dim,
         attention.kv_heads // chunks * attention.qk_dim,
@@ -156,7 +157,7 @@ def _chunk_rows(attention: AttentionConfig, chunks: int) -> tuple[int, int, int]
     )
 
 
-def _tiles_of_chunk(sizes: tuple[int, int, int], block: int) -> tuple[int, int, int]:
+def tiles_of_chunk(sizes: tuple[int, int, int], block: int) -> tuple[int, int, int]:
     """How many scale tiles of a chunk [q | k | v] start in each of its three parts."""
     q, k, v = sizes
     ends = [math.ceil(rows / block) for rows in (q, q + k, q + k + v)]
