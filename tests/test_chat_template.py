@@ -80,8 +80,8 @@ class TestDefaultTemplate:
         assert head == (
             SYSTEM.removesuffix("<|im_end|>")
             + "\n\n# Tools\n\nYou may call one or more of these functions to help with the request:\n\n<tools>"
-            "\n<function>\n<name>weather</name>\n<description>Weather of a city</description>\n<parameters>\n<parameter>"
-            "\n<name>city</name>\n<type>string</type>\n<description>Its <name></description>\n</parameter>"
+            "\n<function>\n<name>weather</name>\n<description>Weather of a city</description>\n<parameters>"
+            "\n<parameter>\n<name>city</name>\n<type>string</type>\n<description>Its <name></description>\n</parameter>"
             '\n<required>["city"]</required>\n</parameters>\n</function>'
         )
         assert tail.split("<|im_end|>", 1)[1] == (
