@@ -15,7 +15,7 @@ def test_eight_cpu_devices():
 
 def test_promotion_is_strict():
     with pytest.raises(Exception, match="strict"):
-        jnp.zeros(2, jnp.float32) + jnp.zeros(2, jnp.bfloat16)
+        _ = jnp.zeros(2, jnp.float32) + jnp.zeros(2, jnp.bfloat16)
 
 
 @pytest.mark.parametrize("root", golden_roots(), ids=lambda r: golden_id(r / "root"))
