@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from mimo_jax.qkv_layout import RowMap, plain_rows
 from mimo_jax.safetensors_reader import CheckpointError, StoredTensor, name_some
-from mimo_jax.stored_weights import Format, StoredWeight
+from mimo_jax.stored_weights import Format, Leaf, StoredWeight
 from pallas_kernels.mxfp4 import BLOCK
 
 FLOATS = ("BF16", "F16", "F32")
@@ -201,7 +201,7 @@ class Claims:
                 count = 0 if scale else math.prod(tensor.shape) * (2 if packed else 1)
                 skipped.setdefault(group, _Tally()).add(tensor, count)
         problems = [
-            f"{len(names)} {kind}: {name_some(names)}"
+            f"{len(names):,} {kind}: {name_some(names)}"
             for kind, names in (("missing", self._missing), ("unexpected", unexpected))
             if names
         ]
@@ -216,6 +216,8 @@ class Claims:
         tensor = self._left.pop(name, None)
         if tensor is None:
             self._missing.append(name)
+            if len(self._missing) > len(self._tensors) + 1000:  # a configuration of another model, perhaps of any size
+                self.prove()
         else:
             self._tallies.setdefault(part, _Tally()).add(tensor, parameters)
         return tensor
@@ -228,6 +230,23 @@ class Claims:
         else:
             return True
         return False
+
+
+class Leaves:
+    """Gathers the stored weights of every leaf."""
+
+    def __init__(self) -> None:
+        self._lead: dict[tuple[str, ...], tuple[int, ...]] = {}
+        self._sources: dict[tuple[str, ...], list[StoredWeight | None]] = {}
+
+    def add(self, path: tuple[str, ...], lead: tuple[int, ...], *sources: StoredWeight | None) -> None:
+        """Add the next sources of a leaf whose leading axes are `lead`."""
+        self._lead[path] = lead
+        self._sources.setdefault(path, []).extend(sources)
+
+    def proven(self) -> list[Leaf]:
+        """The leaves, once it is proven that none of their sources is missing."""
+        return [Leaf(p, self._lead[p], [s for s in found if s]) for p, found in self._sources.items()]
 
 
 def _parts(tallies: Mapping[str, _Tally]) -> tuple[Part, ...]:

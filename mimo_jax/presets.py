@@ -202,8 +202,9 @@ _FLASH = _backbone(
     max_position_embeddings=262144,
 )
 
-# Small ones. A chunk of the fused projection is [heads / kv_heads * 96 | 96 | 64] rows, so that a tile of 128 rows of
-# FP8 scales holds the end of K and the beginning of V, as in the release.
+# Small ones, for the byte tokenizer with its 512 ids, of which 505 is the mask token's. A chunk of the fused projection
+# is [heads / kv_heads * 96 | 96 | 64] rows, so that a tile of 128 rows of FP8 scales holds the end of K and the
+# beginning of V, as in the release.
 _SMALL_SIZES = {
     "head_dim": 96,
     "swa_head_dim": 96,
@@ -240,7 +241,7 @@ _SMALL = _backbone(
     experts=32,
     value_scale=0.707,
     store_dtype="mxfp4",
-    vocab_size=1024,
+    vocab_size=512,
     swa_num_key_value_heads=4,
     num_experts_per_tok=4,
     moe_intermediate_size=128,
@@ -258,7 +259,7 @@ PRESETS: dict[str, Preset] = {
         _drafter(
             _TINY,
             (0, 3, 6),
-            511,
+            505,
             intermediate_size=512,
             num_hidden_layers=2,
             num_key_value_heads=2,
@@ -273,7 +274,7 @@ PRESETS: dict[str, Preset] = {
         _drafter(
             _SMALL,
             (0, 4, 8, 11),
-            1023,
+            505,
             intermediate_size=1024,
             num_hidden_layers=3,
             num_key_value_heads=4,

@@ -87,24 +87,27 @@ class StoredWeight:
         """Rows start .. stop decoded into `out` [stop - start, ...] in its dtype, products rounded once."""
         stored_dtype = NUMPY_DTYPES[self.tensor.dtype]
         if self.format == "plain" and stored_dtype == out.dtype:
-            return self.read_values(out, start, stop)
+            self.read_values(out, start, stop)
+            return
         raw = np.empty((stop - start, *self.tensor.shape[1:]), stored_dtype)
         self.read_values(raw, start, stop)
+        with np.errstate(over="ignore"):  # a product beyond the format is infinite, as on every other device
+            out[:] = self._decode(raw, start, stop).reshape(out.shape).astype(out.dtype)
+
+    def _decode(self, raw: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Stored rows start .. stop as floats, products in float32."""
         if self.format == "plain":
-            out[:] = raw.astype(out.dtype)
-        elif self.format == "fp8":
+            return raw
+        if self.format == "fp8":
             assert self.rows is not None
             scales = self.read_fp8_scales()[self.rows.scale[start:stop]]
             product = raw.astype(np.float32)
             product *= np.repeat(scales, self.scale_columns, axis=1)[:, : self.shape[1]]
-            out[:] = product.astype(out.dtype)
-        else:
-            scale_bytes = np.empty((stop - start, self.scales[0].shape[1]), np.uint8)
-            self.read_mxfp4_scales(scale_bytes, start, stop)
-            elements, powers = _mxfp4_tables()
-            blocks = elements[raw].reshape(*scale_bytes.shape, mxfp4.BLOCK) * powers[scale_bytes][..., None]
-            out[:] = blocks.reshape(out.shape).astype(out.dtype)
-        return None
+            return product
+        scale_bytes = np.empty((stop - start, self.scales[0].shape[1]), np.uint8)
+        self.read_mxfp4_scales(scale_bytes, start, stop)
+        elements, powers = _mxfp4_tables()
+        return elements[raw].reshape(*scale_bytes.shape, mxfp4.BLOCK) * powers[scale_bytes][..., None]
 
     def _read_rows(self, tensor: StoredTensor, out: np.ndarray, start: int, stop: int) -> None:
         runs = [(start, start, stop - start)] if self.rows is None else self.rows.runs(start, stop)

@@ -15,7 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mimo_jax.config import BackboneConfig, DrafterConfig, LayerKind
+from mimo_jax.byte_tokenizer import SMALLEST_VOCABULARY, write_byte_tokenizer
+from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig, LayerKind
 from mimo_jax.export import SHARD_BYTES, OutputTensor, new_folder, write_json, write_tensors
 from mimo_jax.presets import PRESETS, Preset
 from mimo_jax.qkv_layout import chunk_rows, tiles_of_chunk
@@ -23,7 +24,26 @@ from mimo_jax.safetensors_reader import NUMPY_DTYPES, CheckpointError
 from mimo_jax.torch_sidecar import write_mask_embedding
 from pallas_kernels.mxfp4 import BLOCK, MAGNITUDES
 
+# What the small tokenizer learns its merges from.
+_TEXT = """
+The weather of a small harbour is made by the sea. In the morning a low fog lies over the water and the boats wait at
+the wall with their lights on, and nobody can say whether the day will be warm or cold. Around nine the wind turns,
+the fog opens like a curtain, and people come down from the houses with baskets, ropes, letters and questions. A fisher
+tells the same story every week: how the nets came up empty for seven days and how, on the eighth, they were so heavy
+that three men had to pull. Children listen and count the gulls. The baker has already sold most of the bread; what is
+left goes to the school, where the teacher writes numbers on the board and asks which of them are prime. Two, three,
+five, seven, eleven, thirteen, answers the class, and the clock above the door agrees. Later the market fills with
+voices. Someone wants to know the price of apples, someone else explains that nothing is more useful than a good knife,
+an old woman sells flowers that she grew behind her kitchen. At noon the bells ring and for an hour the streets are
+quiet, because everybody is eating. Then work begins again: walls are painted, engines repaired, books returned, songs
+practised. If you walk to the end of the pier in the evening you can see the first stars, and if you stay a little
+longer you will hear the water moving between the stones, as it did before there was a harbour and as it will when
+every name written on the boats has been forgotten. That is what the people here would answer if you asked them for the
+meaning of the place; but usually visitors only ask the way to the station, and whether the last train is late.
+"""
+
 _PIECE = 1 << 22  # elements made at a time
+_TOKENIZER_VOCABULARY = 512
 _FP8_SPREAD = 96.0  # standard deviation of FP8 values before their scale; the format ends at 448
 _MXFP4_RMS = float(np.sqrt(np.mean(MAGNITUDES.astype(np.float64) ** 2)))  # of codes drawn evenly
 
@@ -56,6 +76,8 @@ def synthesize(
             raise CheckpointError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
         preset = PRESETS[preset]
     config = BackboneConfig.from_hf(preset.backbone)
+    if config.vocab_size < SMALLEST_VOCABULARY:
+        raise ConfigError(f"vocab_size is {config.vocab_size}; the tokenizer written here needs {SMALLEST_VOCABULARY}")
     drafter = DrafterConfig.from_hf(preset.drafter) if preset.drafter is not None else None
     if drafter is not None:
         drafter.check_fits(config)
@@ -87,6 +109,7 @@ def synthesize(
             progress=reporter("backbone", backbone_tensors),
         )
         write_json(folder / "config.json", preset.backbone)
+        write_byte_tokenizer(folder, min(config.vocab_size, _TOKENIZER_VOCABULARY), [_TEXT])
         if drafter is not None and preset.drafter is not None:
             (folder / "dflash").mkdir()
             write_tensors(
