@@ -8,7 +8,7 @@ from flax import nnx
 
 from mimo_jax.cache import PagedKV, RingKV
 from mimo_jax.config import AttentionConfig
-from mimo_jax.layers import declare, linear, rope, value
+from mimo_jax.layers import array, declare, linear, rope, weight
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.window_attention import window_attention
 
@@ -20,25 +20,25 @@ class Attention(nnx.Module):
     """Projections of the attention layers of one kind, stacked; weights [layers, out, in]."""
 
     def __init__(self, config: AttentionConfig, hidden: int, layers: int, dtype: jax.typing.DTypeLike):
-        def weight(rows: int, axis: str) -> nnx.Param:
+        def projection(rows: int, axis: str) -> nnx.Param:
             return declare((layers, rows, hidden), ("layers", axis, "embed"), dtype)
 
         self.config = config
-        self.q = weight(config.heads * config.qk_dim, "heads")
-        self.k = weight(config.kv_heads * config.qk_dim, "kv_heads")
-        self.v = weight(config.kv_heads * config.v_dim, "kv_heads")
+        self.q = projection(config.heads * config.qk_dim, "heads")
+        self.k = projection(config.kv_heads * config.qk_dim, "kv_heads")
+        self.v = projection(config.kv_heads * config.v_dim, "kv_heads")
         self.o = declare((layers, hidden, config.heads * config.v_dim), ("layers", "embed", "heads"), dtype)
         if config.sink:
             self.sink = declare((layers, config.heads), ("layers", "heads"), "float32")
 
     def queries(self, x: jax.Array, layer: jax.Array) -> jax.Array:
-        """x [batch, rows, hidden] to queries [batch, rows, heads, qk_dim], not yet rotated."""
-        return linear(x, value(self.q, layer)).reshape(*x.shape[:2], self.config.heads, self.config.qk_dim)
+        """Project x [batch, rows, hidden] to queries [batch, rows, heads, qk_dim], not yet rotated."""
+        return linear(x, weight(self.q, layer)).reshape(*x.shape[:2], self.config.heads, self.config.qk_dim)
 
     def keys_values(self, x: jax.Array, layer: jax.Array) -> KV:
-        """x [batch, rows, hidden] to keys, not yet rotated, and scaled values."""
-        k = linear(x, value(self.k, layer)).reshape(*x.shape[:2], self.config.kv_heads, self.config.qk_dim)
-        v = linear(x, value(self.v, layer)).reshape(*x.shape[:2], self.config.kv_heads, self.config.v_dim)
+        """Project x [batch, rows, hidden] to keys, not yet rotated, and scaled values."""
+        k = linear(x, weight(self.k, layer)).reshape(*x.shape[:2], self.config.kv_heads, self.config.qk_dim)
+        v = linear(x, weight(self.v, layer)).reshape(*x.shape[:2], self.config.kv_heads, self.config.v_dim)
         return k, v * self.config.value_scale
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -70,7 +70,7 @@ class Attention(nnx.Module):
             [batch, rows, hidden].
         """
         config = self.config
-        sink = value(self.sink, layer) if config.sink else None
+        sink = array(self.sink, layer) if config.sink else None
         match cache:
             case PagedKV():
                 out = paged_attention(
@@ -88,4 +88,4 @@ class Attention(nnx.Module):
                     causal=causal,
                     sink=sink,
                 )
-        return linear(out.reshape(*out.shape[:2], config.heads * config.v_dim), value(self.o, layer))
+        return linear(out.reshape(*out.shape[:2], config.heads * config.v_dim), weight(self.o, layer))

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.attention import KV, Attention
-from mimo_jax.cache import BackboneCache
+from mimo_jax.cache import BackboneCache, PagedKV, RingKV
 from mimo_jax.config import AttentionKind, BackboneConfig, LayerKind
-from mimo_jax.layers import declare, linear, rms_norm, swiglu, value
+from mimo_jax.layers import array, declare, linear, rms_norm, swiglu, weight
 from mimo_jax.moe import MoE
 
 
@@ -70,8 +70,8 @@ class DenseMLP(nnx.Module):
         self.down = declare((layers, hidden, inner), ("layers", "embed", "mlp"), dtype)
 
     def __call__(self, x: jax.Array, layer: jax.Array) -> jax.Array:
-        """x [..., hidden] to [..., hidden]."""
-        return swiglu(x, value(self.gate, layer), value(self.up, layer), value(self.down, layer))
+        """Map x [..., hidden] to [..., hidden]."""
+        return swiglu(x, weight(self.gate, layer), weight(self.up, layer), weight(self.down, layer))
 
 
 class DecoderLayers(nnx.Module):
@@ -89,17 +89,17 @@ class DecoderLayers(nnx.Module):
             self.mlp = MoE(config.moe, hidden, config.router_dtype, layers, dtype)
 
     def __call__(
-        self, x: jax.Array, layer: jax.Array, cache: BackboneCache, kind: AttentionKind, cache_layer: jax.Array
+        self, x: jax.Array, layer: jax.Array, cache: PagedKV | RingKV, cache_layer: jax.Array, lengths: jax.Array
     ) -> tuple[jax.Array, KV]:
         """One layer over rows x [batch, rows, hidden]: the new residual stream, and the rows' keys and values."""
-        positions = cache.lengths[:, None] + jnp.arange(x.shape[1])
+        positions = lengths[:, None] + jnp.arange(x.shape[1])
         attention = self.attention
-        n = rms_norm(x, value(self.attention_norm, layer), self.eps)
+        n = rms_norm(x, array(self.attention_norm, layer), self.eps)
         q = attention.rotate(attention.queries(n, layer), positions)
         k, v = attention.keys_values(n, layer)
         kv = attention.rotate(k, positions), v
-        x = x + attention.attend(q, kv, layer, cache.kv[kind], cache_layer, cache.lengths)
-        n = rms_norm(x, value(self.mlp_norm, layer), self.eps)
+        x = x + attention.attend(q, kv, layer, cache, cache_layer, lengths)
+        n = rms_norm(x, array(self.mlp_norm, layer), self.eps)
         return x + self.mlp(n.reshape(-1, n.shape[-1]), layer).reshape(n.shape), kv
 
 
@@ -116,7 +116,7 @@ class Backbone(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Ids [...] int32 to rows [..., hidden]."""
-        return value(self.embedding)[tokens]
+        return array(self.embedding)[tokens]
 
     def __call__(self, tokens: jax.Array, cache: BackboneCache, capture: tuple[int, ...] = ()) -> BackboneOutput:
         """Run rows that follow what the cache holds.
@@ -131,13 +131,8 @@ class Backbone(nnx.Module):
         captured: list[jax.Array] = []
         new: dict[AttentionKind, list[KV]] = {"full": [], "swa": []}
         for run in runs(self.config.layers, capture):
-            layers, kind = self.layers[run.kind.name], run.kind.attention
-
-            def body(x: jax.Array, i: jax.Array, layers=layers, kind=kind, run=run) -> tuple[jax.Array, KV]:
-                return layers(x, run.first + i, cache, kind, run.first_in_cache + i)
-
-            x, kv = jax.lax.scan(body, x, jnp.arange(run.count, dtype=jnp.int32))
-            new[kind].append(kv)
+            x, kv = self._run(run, x, cache)
+            new[run.kind.attention].append(kv)
             if run.captured:
                 captured.append(x)
         return BackboneOutput(
@@ -146,11 +141,20 @@ class Backbone(nnx.Module):
             kv={k: jax.tree.map(lambda *parts: jnp.concatenate(parts), *kvs) for k, kvs in new.items() if kvs},
         )
 
+    def _run(self, run: Run, x: jax.Array, cache: BackboneCache) -> tuple[jax.Array, KV]:
+        """Rows x through a run of layers: the new residual stream, and [layers of the run, batch, rows, ...] KV."""
+        layers, committed = self.layers[run.kind.name], cache.kv[run.kind.attention]
+
+        def layer(x: jax.Array, i: jax.Array) -> tuple[jax.Array, KV]:
+            return layers(x, run.first + i, committed, run.first_in_cache + i, cache.lengths)
+
+        return jax.lax.scan(layer, x, jnp.arange(run.count, dtype=jnp.int32))
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and LM head: hidden [..., hidden] to logits [..., vocab] float32."""
-        normed = rms_norm(hidden, value(self.final_norm), self.config.rms_eps)
+        normed = rms_norm(hidden, array(self.final_norm), self.config.rms_eps)
         return self.head(normed)
 
     def head(self, normed: jax.Array) -> jax.Array:
         """The LM head alone, which the drafter shares: normed rows [..., hidden] to logits [..., vocab] float32."""
-        return linear(normed, value(self.lm_head)).astype(jnp.float32)
+        return linear(normed, weight(self.lm_head)).astype(jnp.float32)

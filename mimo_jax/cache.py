@@ -75,11 +75,11 @@ class BackboneCache:
     """[batch] int32: positions 0 .. length - 1 are committed."""
     kv: dict[AttentionKind, PagedKV | RingKV]
 
-    def commit(
-        self, kv: dict[AttentionKind, tuple[jax.Array, jax.Array]], counts: jax.Array
-    ) -> "BackboneCache":
+    def commit(self, kv: dict[AttentionKind, tuple[jax.Array, jax.Array]], counts: jax.Array) -> "BackboneCache":
         """Store the first `counts` [batch] of the rows a pass returned, and lengthen the sequences by as much."""
-        stored = {kind: cache.commit(kv[kind], self.lengths, counts) for kind, cache in self.kv.items()}
+        stored: dict[AttentionKind, PagedKV | RingKV] = {
+            kind: cache.commit(kv[kind], self.lengths, counts) for kind, cache in self.kv.items()
+        }
         return BackboneCache(self.lengths + counts, stored)
 
 
@@ -111,7 +111,7 @@ def backbone_cache(
     """
     pages = -(-capacity // page_size)
     kv: dict[AttentionKind, PagedKV | RingKV] = {}
-    for kind in dict.fromkeys(layer.attention for layer in config.layers):
+    for kind in config.attention_kinds:
         attention = config.attention(kind)
         layers = sum(layer.attention == kind for layer in config.layers)
         if kind == "full":

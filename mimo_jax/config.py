@@ -95,6 +95,12 @@ class BackboneConfig:
     quantization: QuantConfig | None
     eos_ids: tuple[int, ...]
 
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """The kinds of attention that occur, in order of first occurrence."""
+        kinds: dict[AttentionKind, None] = {layer.attention: None for layer in self.layers}
+        return tuple(kinds)
+
     def attention(self, kind: AttentionKind) -> AttentionConfig:
         """The attention of layers of this kind."""
         return self.full if kind == "full" else self.swa
@@ -410,7 +416,9 @@ def _rope(keys: _Keys) -> _Keys:
             raise ConfigError(f"{keys.where}: {name} must be an object, not {value!r}")
         for key in ("rope_type", "type"):
             if value.get(key, "default") != "default":
-                raise ConfigError(f"{keys.where}: {name}.{key} {value[key]!r} is not supported: only default (unscaled)")
+                raise ConfigError(
+                    f"{keys.where}: {name}.{key} {value[key]!r} is not supported: only default (unscaled)"
+                )
         inner.update(value)
     return _Layered(keys, inner)
 
@@ -536,7 +544,9 @@ def _quantization(keys: _Keys) -> QuantConfig | None:
 
 def _agreeing(outer: _Keys, inner: _Keys, key: str) -> int:
     if outer.has(key) and inner.has(key) and outer.values[key] != inner.values[key]:
-        raise ConfigError(f"{outer.where}: {key} is {outer.values[key]!r} but dflash_config.{key} is {inner.values[key]!r}")
+        raise ConfigError(
+            f"{outer.where}: {key} is {outer.values[key]!r} but dflash_config.{key} is {inner.values[key]!r}"
+        )
     return (inner if inner.has(key) else outer).integer(key)
 
 

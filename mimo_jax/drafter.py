@@ -12,7 +12,7 @@ from flax import nnx
 from mimo_jax.attention import KV, Attention
 from mimo_jax.cache import RingKV
 from mimo_jax.config import DrafterConfig
-from mimo_jax.layers import declare, linear, rms_norm, swiglu, value
+from mimo_jax.layers import array, declare, linear, rms_norm, swiglu, weight
 
 
 class Drafter(nnx.Module):
@@ -51,8 +51,8 @@ class Drafter(nnx.Module):
         """
         batch, rows = captured.shape[:2]
         positions = lengths[:, None] + jnp.arange(rows)
-        c = linear(captured.reshape(batch, rows, -1), value(self.fc))
-        c = rms_norm(c, value(self.hidden_norm), self.config.rms_eps)
+        c = linear(captured.reshape(batch, rows, -1), weight(self.fc))
+        c = rms_norm(c, array(self.hidden_norm), self.config.rms_eps)
 
         def layer(_: None, i: jax.Array) -> tuple[None, KV]:
             return None, self._keys_values(c, i, positions)
@@ -73,24 +73,24 @@ class Drafter(nnx.Module):
         """
         config, attention = self.config, self.attention
         mask = jnp.broadcast_to(
-            value(self.mask_embedding), (anchor.shape[0], config.block_size - 1, config.hidden_size)
+            array(self.mask_embedding), (anchor.shape[0], config.block_size - 1, config.hidden_size)
         )
         block = jnp.concatenate([anchor[:, None].astype(mask.dtype), mask], axis=1)
         positions = lengths[:, None] + jnp.arange(config.block_size)
 
         def layer(x: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-            n = rms_norm(x, value(self.attention_norm, i), config.rms_eps)
-            q = rms_norm(attention.queries(n, i), value(self.q_norm, i), config.rms_eps)
+            n = rms_norm(x, array(self.attention_norm, i), config.rms_eps)
+            q = rms_norm(attention.queries(n, i), array(self.q_norm, i), config.rms_eps)
             q = attention.rotate(q, positions)
             kv = self._keys_values(n, i, positions)
             x = x + attention.attend(q, kv, i, ring, i, lengths, causal=config.block_causal)
-            n = rms_norm(x, value(self.mlp_norm, i), config.rms_eps)
-            return x + swiglu(n, value(self.gate, i), value(self.up, i), value(self.down, i)), None
+            n = rms_norm(x, array(self.mlp_norm, i), config.rms_eps)
+            return x + swiglu(n, weight(self.gate, i), weight(self.up, i), weight(self.down, i)), None
 
         x, _ = jax.lax.scan(layer, block, jnp.arange(config.num_layers, dtype=jnp.int32))
-        return rms_norm(x, value(self.final_norm), config.rms_eps)
+        return rms_norm(x, array(self.final_norm), config.rms_eps)
 
     def _keys_values(self, x: jax.Array, layer: jax.Array, positions: jax.Array) -> KV:
         k, v = self.attention.keys_values(x, layer)
-        k = rms_norm(k, value(self.k_norm, layer), self.config.rms_eps)
+        k = rms_norm(k, array(self.k_norm, layer), self.config.rms_eps)
         return self.attention.rotate(k, positions), v

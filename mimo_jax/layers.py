@@ -19,28 +19,34 @@ def declare(shape: tuple[int, ...], axes: tuple[str, ...], dtype: jax.typing.DTy
     return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 
 
-def value(parameter: nnx.Param, layer: jax.Array | int | None = None) -> Weight:
-    """The weight in a parameter; with `layer`, that row of a stack of layers."""
-    weight = parameter.get_value()
-    return weight if layer is None else jax.tree.map(partial(_row, layer=layer), weight)
+def weight(parameter: nnx.Param, layer: jax.Array | None = None) -> Weight:
+    """The weight in a parameter, of any type; with `layer`, that row of a stack of layers."""
+    stack = parameter.get_value()
+    return stack if layer is None else jax.tree.map(partial(_row, layer=layer), stack)
 
 
-def _row(stack: jax.Array, layer: jax.Array | int) -> jax.Array:
+def array(parameter: nnx.Param, layer: jax.Array | None = None) -> jax.Array:
+    """The same for a parameter that is never quantised."""
+    stack = parameter.get_value()
+    return stack if layer is None else _row(stack, layer)
+
+
+def _row(stack: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stack, layer, axis=0, keepdims=False)
 
 
-def linear(x: jax.Array, weight: Weight) -> jax.Array:
-    """x [..., in] times a weight [out, in] of any type, accumulated in float32: [..., out] in x's dtype."""
-    w = dequantize(weight, x.dtype)
-    y = jnp.einsum("...i,oi->...o", x, w, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
+def linear(x: jax.Array, w: Weight) -> jax.Array:
+    """X [..., in] times a weight [out, in] of any type, accumulated in float32: [..., out] in x's dtype."""
+    plain = dequantize(w, x.dtype)
+    y = jnp.einsum("...i,oi->...o", x, plain, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
     return y.astype(x.dtype)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis in float32, rounded to x's dtype before the weight is applied."""
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis in float32, rounded to x's dtype before the learned scale is applied."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * weight.astype(x.dtype)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def rope(x: jax.Array, positions: jax.Array, rotary_dim: int, theta: float) -> jax.Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.config import MoeConfig
-from mimo_jax.layers import declare, value
+from mimo_jax.layers import array, declare
 from mimo_jax.quantization import MXFP4Weight, dequantize
 from pallas_kernels.expert_mlp import expert_mlp, mxfp4_expert_mlp
 
@@ -24,11 +24,16 @@ class MoE(nnx.Module):
         self.down = declare((layers, experts, hidden, inner), ("layers", "expert", "embed", "expert_inner"), dtype)
 
     def __call__(self, x: jax.Array, layer: jax.Array) -> jax.Array:
-        """x [tokens, hidden] through the chosen experts: [tokens, hidden]."""
-        dtype = jnp.dtype(self.router_dtype)
-        inputs, weight = x.astype(dtype).astype(jnp.float32), value(self.router, layer).astype(dtype)
-        logits = jnp.dot(inputs, weight.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
-        ids, weights = route(logits, value(self.correction_bias, layer), self.config)
+        """Run x [tokens, hidden] through the chosen experts: [tokens, hidden]."""
+        precision = jnp.finfo(self.router_dtype)
+
+        def rounded(a: jax.Array) -> jax.Array:
+            # two casts may be optimised away under jit, this may not
+            return jax.lax.reduce_precision(a.astype(jnp.float32), precision.nexp, precision.nmant)
+
+        inputs, router = rounded(x), rounded(array(self.router, layer))
+        logits = jnp.dot(inputs, router.T, precision=jax.lax.Precision.HIGHEST)
+        ids, weights = route(logits, array(self.correction_bias, layer), self.config)
         gate_up, down = self.gate_up.get_value(), self.down.get_value()
         if isinstance(gate_up, MXFP4Weight):
             return mxfp4_expert_mlp(

@@ -130,9 +130,7 @@ def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
         kept = order >= largest(lambda t: jnp.sum(order >= t, axis=-1, keepdims=True) >= k)
         mass = jnp.where(kept, jnp.exp(x - jnp.max(x, axis=-1, keepdims=True)), 0.0)
         wanted = top_p * jnp.sum(mass, axis=-1, keepdims=True)
-        enough = largest(
-            lambda t: jnp.sum(jnp.where(order >= t, mass, 0.0), axis=-1, keepdims=True) >= wanted
-        )
+        enough = largest(lambda t: jnp.sum(jnp.where(order >= t, mass, 0.0), axis=-1, keepdims=True) >= wanted)
         kept &= (order >= enough) | (top_p >= 1)
         kept &= mass >= min_p  # the best token's mass is 1
         return jnp.where(kept, x, -jnp.inf)
@@ -162,13 +160,15 @@ def uniforms(seed: jax.Array, positions: jax.Array, purpose: Purpose) -> jax.Arr
 
 
 def sample(truncated: jax.Array, sampling: Sampling, positions: jax.Array, purpose: Purpose) -> jax.Array:
-    """Draw a token a row from the softmax of truncated logits [batch, rows, vocab]; rows at temperature 0 take the best.
+    """Draw a token a row from the softmax of truncated logits [batch, rows, vocab]; at temperature 0 take the best.
 
     Ties go to the lowest id. `positions` [batch, rows] are those the tokens will stand at. Returns [batch, rows] int32.
     """
 
     def draw(x: jax.Array) -> jax.Array:
-        noise = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(k, x.shape[-1:])))(keys(sampling.seed, positions, purpose))
+        noise = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(k, x.shape[-1:])))(
+            keys(sampling.seed, positions, purpose)
+        )
         return x + jnp.where(sampling.temperature[:, None, None] > 0, noise, 0.0)
 
     perturbed = jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda x: x, truncated)

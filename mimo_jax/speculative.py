@@ -41,6 +41,12 @@ class Models:
         """Backbone layers that the drafter reads."""
         return self.drafter.module.config.target_layer_ids if self.drafter else ()
 
+    def bind_drafter(self, params: "ModelParams") -> Drafter:
+        """The drafter with its parameters in it."""
+        if self.drafter is None or params.drafter is None:
+            raise ValueError("drafting needs a drafter, and none is loaded")
+        return self.drafter.bind(params.drafter)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -233,8 +239,8 @@ def _draft(
     batch, vocab = state.output_counts.shape
     if verify_length == 1:
         return jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0, vocab), jnp.float32)
-    assert models.drafter is not None and state.ring is not None, "a verify length above 1 needs a drafter"
-    drafter, lengths = models.drafter.bind(params.drafter), state.cache.lengths
+    assert state.ring is not None, "a verify length above 1 needs a drafter"
+    drafter, lengths = models.bind_drafter(params), state.cache.lengths
     hidden = drafter(backbone.embed(state.anchor), state.ring, lengths)
     logits = backbone.head(hidden[:, 1:verify_length])
     if not sampled:
@@ -280,7 +286,7 @@ def _commit(
 ) -> DecodeState:
     """Store the first `counts` rows of a pass in the backbone's caches and, as context, in the drafter's."""
     ring = state.ring
-    if models.drafter is not None and ring is not None:
-        context = models.drafter.bind(params.drafter).context(output.captured, state.cache.lengths)
+    if ring is not None:
+        context = models.bind_drafter(params).context(output.captured, state.cache.lengths)
         ring = ring.commit(context, state.cache.lengths, counts)
     return replace(state, cache=state.cache.commit(output.kv, counts), ring=ring)

@@ -58,7 +58,7 @@ def encode(values: jax.Array) -> tuple[jax.Array, jax.Array]:
         raise ValueError(f"MXFP4 blocks hold {BLOCK} values: the last axis must be a multiple of it, not {n}")
     blocks = values.astype(jnp.float32).reshape(*lead, n // BLOCK, BLOCK)
     amax_bits = jnp.max(jax.lax.bitcast_convert_type(blocks, jnp.uint32) & 0x7FFFFFFF, axis=-1)
-    # the biased exponent of amax is floor(log2(amax)) + 127, so the scale byte is that minus 2; tiny and zero blocks clip
+    # the scale byte is amax's biased exponent, floor(log2(amax)) + 127, minus 2; tiny and zero blocks clip
     scales = jnp.clip((amax_bits >> 23).astype(jnp.int32) - 2, 0, 254)
     # Scaling by the inverse in two steps keeps every factor a normal number.
     half = (127 - scales) // 2

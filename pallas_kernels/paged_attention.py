@@ -47,7 +47,9 @@ def paged_attention(
     keys = step * page_size
 
     row = jnp.arange(rows, dtype=jnp.int32)
-    scores = jnp.where(row <= row[:, None], grouped_scores(q, block_k), -jnp.inf)  # [batch, kv_heads, group, rows, rows]
+    scores = jnp.where(
+        row <= row[:, None], grouped_scores(q, block_k), -jnp.inf
+    )  # [batch, kv_heads, group, rows, rows]
     top = jnp.max(scores, axis=-1, keepdims=True)
     if sink is not None:
         logit = sink.astype(jnp.float32).reshape(1, kv_heads, heads // kv_heads, 1, 1)
@@ -62,7 +64,9 @@ def paged_attention(
         """[batch, kv_heads, group, rows, 1] to [batch, rows, heads, 1]."""
         return x.transpose(0, 3, 1, 2, 4).reshape(batch, rows, heads, 1)
 
-    def add_pages(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def add_pages(
+        i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, out = carry
         # the last step is moved back inside the table; what earlier steps have seen is masked
         start = jnp.minimum(i * step, columns - step)

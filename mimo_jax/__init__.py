@@ -1,0 +1,18 @@
+"""MiMo-V2.5-Pro-FP4-DFlash in JAX: MXFP4 experts, hybrid attention, block-diffusion speculative decoding."""
+
+from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig
+from mimo_jax.generate import Completion, Generator
+from mimo_jax.model import LoadOptions, Model, load_model
+from mimo_jax.request import SamplingParams
+
+__all__ = [
+    "BackboneConfig",
+    "Completion",
+    "ConfigError",
+    "DrafterConfig",
+    "Generator",
+    "LoadOptions",
+    "Model",
+    "SamplingParams",
+    "load_model",
+]

@@ -1,0 +1,234 @@
+"""The `mimo-jax` command: arguments in, one of the library's functions, text or JSON out."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status is 0, 2 for what the person can mend, 1 for a fault of ours."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    for noisy in ("jax", "absl", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        from mimo_jax import commands
+
+        _compilation_cache()
+        getattr(commands, arguments.command.replace("-", "_"))(arguments)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if arguments.debug:
+            raise
+        expected = isinstance(error, ValueError | OSError | NotImplementedError | MemoryError)
+        print(f"error: {error}" if expected else f"internal error: {type(error).__name__}: {error}", file=sys.stderr)
+        if not expected:
+            print("This is a fault of mimo-jax; run again with --debug for the traceback.", file=sys.stderr)
+        return 2 if expected else 1
+
+
+def _compilation_cache() -> None:
+    """Keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where or it is empty."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "mimo-jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mimo-jax",
+        description="Run MiMo-V2 models with DFlash speculative decoding from Hugging Face checkpoint folders.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_generate, _inspect, _synthesize, _score, _score_draft, _bench):
+        add(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
+    group.add_argument(
+        "--drafter", default="auto", metavar="DIR", help="drafter folder, or none (default: DIR/dflash if it exists)"
+    )
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of activations and caches (default: float32 on a CPU)"
+    )
+    group.add_argument(
+        "--storage",
+        choices=("packed", "expanded"),
+        help="of quantised weights in memory (default: packed; expanded on a CPU with room for it)",
+    )
+    group.add_argument(
+        "--swa-visible-keys",
+        type=_positive,
+        metavar="N",
+        help="keys a sliding-window query sees (default: sliding_window_size + 1, as SGLang; "
+        "the Hugging Face code uses sliding_window_size)",
+    )
+    group.add_argument(
+        "--router-dtype", choices=("float32", "bfloat16"), help="default: moe_router_dtype, else float32"
+    )
+    group.add_argument(
+        "--qkv-layout",
+        choices=("auto", "chunked", "canonical"),
+        default="auto",
+        help="row order of fused qkv weights, where the files do not prove it (default: auto)",
+    )
+    group.add_argument("--draft-rope-theta", type=float, metavar="BASE", help="replaces the drafter's rope_theta")
+
+
+def _generate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="text in, text out",
+        description="Continue prompts. Text streams as it is decoded; a line of statistics follows on stderr.",
+    )
+    _model_arguments(parser)
+    group = parser.add_argument_group("prompt (default: standard input)").add_mutually_exclusive_group()
+    group.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times: one batch")
+    group.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="one prompt a line; .jsonl: a string, a list of token ids or a list of chat messages a line",
+    )
+    group.add_argument("--chat", metavar="FILE", help="JSON list of chat messages (- for standard input)")
+    group.add_argument("--prompt-ids", action="append", metavar="JSON", help="token ids, as [1, 2, 3]; may be repeated")
+    parser.add_argument("--no-thinking", action="store_true", help="render chat with thinking off")
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all (default)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1: all (default)")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0: all (default)")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1: none (default)")
+    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="0: none (default)")
+    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="0: none (default)")
+    group.add_argument(
+        "--logit-bias", action="append", default=[], metavar="ID:BIAS", help="added to a token's logit; may be repeated"
+    )
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the output; may be repeated")
+    group.add_argument("--stop-token-id", action="append", type=int, default=[], metavar="ID", help="may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", help="go on past end-of-text tokens")
+
+    group = parser.add_argument_group("decoding")
+    group.add_argument(
+        "--verify-length",
+        type=_positive,
+        metavar="N",
+        help="rows the backbone verifies a round: 1 (no drafts) to the drafter's block (default)",
+    )
+    group.add_argument("--rounds-per-dispatch", type=_positive, default=8, metavar="N", help="default: 8")
+    group.add_argument(
+        "--sampled-drafts", action="store_true", help="draw drafts instead of taking the best, verify by rejection"
+    )
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="one JSON object a prompt, and one of totals")
+    group.add_argument("--trace", action="store_true", help="with --json: every round's drafts, tokens and counts")
+
+
+def _inspect(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("inspect", help="what a checkpoint is", description="Describe a checkpoint folder.")
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--qkv-layout", choices=("auto", "chunked", "canonical"), default="auto")
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+
+
+def _synthesize(commands: argparse._SubParsersAction) -> None:
+    from mimo_jax.presets import PRESETS
+
+    parser = commands.add_parser(
+        "synthesize",
+        help="write a checkpoint with random weights",
+        description="Write a complete checkpoint with random weights in the release's exact layout.",
+    )
+    parser.add_argument("--preset", required=True, choices=sorted(PRESETS), help="size and shape")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+
+
+def _score(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "score",
+        help="logits of given tokens",
+        description="Write teacher-forced logits [batch, positions, vocab] (and hidden states) of given token ids.",
+    )
+    _model_arguments(parser)
+    parser.add_argument(
+        "--ids", type=Path, required=True, metavar="FILE", help="JSON lists, or safetensors holding `input_ids`"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors")
+    parser.add_argument(
+        "--hidden-states",
+        action="store_true",
+        help="also `hidden_states` [layers + 1, batch, positions, hidden]: embeddings, then after each layer",
+    )
+    parser.add_argument("--chunk", type=_positive, metavar="N", help="run through the caches, N positions at a time")
+
+
+def _score_draft(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "score-draft",
+        help="a drafter's block logits for given features",
+        description="Write `logits` [batch, block, vocab] and `hidden` [batch, block, hidden] of a drafter's blocks.",
+    )
+    _model_arguments(parser)
+    parser.add_argument(
+        "--features",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="safetensors holding `features` [batch, context, captured layers * hidden] at positions 0 onward, "
+        "`anchors` [batch] token ids and, if they do not stand right after the features, `positions` [batch]",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors")
+
+
+def _bench(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("bench", help="measure speed", description="Measure decoding on this machine.")
+    parser.add_argument(
+        "what", choices=("decode",), help="decode: prefill, plain and speculative decode, cost by context"
+    )
+    _model_arguments(parser)
+    parser.add_argument("--batch", type=_positive, default=1, metavar="N")
+    parser.add_argument("--prompt-tokens", type=_positive, default=128, metavar="N")
+    parser.add_argument("--new-tokens", type=_positive, default=128, metavar="N")
+    parser.add_argument("--runs", type=_positive, default=5, metavar="N")
+    parser.add_argument(
+        "--contexts",
+        default="1024,4096,16384,65536,131072",
+        metavar="N,N,...",
+        help="contexts at which one round is timed with filled caches; empty for none",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

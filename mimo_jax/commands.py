@@ -1,0 +1,290 @@
+"""What the subcommands of `mimo-jax` do, one function each, given parsed arguments."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from mimo_jax.evaluation.bench import ContextResult, DecodeResult, Spread, as_json, bench_context, bench_decode
+from mimo_jax.evaluation.score import score as score_ids
+from mimo_jax.evaluation.score import score_draft as score_blocks
+from mimo_jax.generate import Completion, Generator, Prompt
+from mimo_jax.inspection import describe, report
+from mimo_jax.model import Model
+from mimo_jax.request import SamplingParams
+from mimo_jax.stats import DecodeStats
+from mimo_jax.synthesize import synthesize as write_synthetic
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """`mimo-jax generate`."""
+    params = SamplingParams(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        presence_penalty=arguments.presence_penalty,
+        frequency_penalty=arguments.frequency_penalty,
+        logit_bias=dict(map(_bias, arguments.logit_bias)),
+        seed=arguments.seed,
+        stop=tuple(arguments.stop),
+        stop_token_ids=tuple(arguments.stop_token_id),
+        ignore_eos=arguments.ignore_eos,
+    )
+    asked = _prompts(arguments)
+    generator = _load(arguments)
+    prompts = [_rendered(generator, prompt, not arguments.no_thinking) for prompt in asked]
+    completions = generator.completions(prompts)
+    alone = len(prompts) == 1 and not arguments.json
+    pieces = generator.stream_batch(
+        prompts,
+        params,
+        completions=completions,
+        verify_length=arguments.verify_length,
+        rounds_per_dispatch=arguments.rounds_per_dispatch,
+        sampled_drafts=arguments.sampled_drafts,
+    )
+    for piece in pieces:
+        if alone:
+            print(piece.text, end="", flush=True)
+    stats = sum((c.stats for c in completions), DecodeStats())
+    if arguments.json:
+        for completion in completions:
+            print(json.dumps(_as_json(completion, arguments.trace), ensure_ascii=False))
+        print(json.dumps({"total": stats.as_json(), "seconds": asdict(generator.timing)}))
+    elif alone:
+        print("" if generator.model.tokenizer else json.dumps(completions[0].token_ids))
+    else:
+        for i, completion in enumerate(completions):
+            shown = completion.text if generator.model.tokenizer else json.dumps(completion.token_ids)
+            print(f"=== prompt {i}\n{shown}")
+    if not arguments.json:
+        print(_statistics(stats, generator), file=sys.stderr)
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """`mimo-jax inspect`."""
+    description = describe(arguments.folder, arguments.qkv_layout)
+    if arguments.json:
+        print(json.dumps(description, indent=2))
+    else:
+        report(description, Console())
+
+
+def synthesize(arguments: argparse.Namespace) -> None:
+    """`mimo-jax synthesize`."""
+    write_synthetic(arguments.preset, arguments.out, seed=arguments.seed, overwrite=arguments.overwrite)
+    print(f"wrote {arguments.out}", file=sys.stderr)
+
+
+def score(arguments: argparse.Namespace) -> None:
+    """`mimo-jax score`."""
+    ids = _read_ids(arguments.ids)
+    arguments.drafter = "none"
+    model = _load(arguments).model
+    save_file(score_ids(model, ids, chunk=arguments.chunk, hidden_states=arguments.hidden_states), _out(arguments.out))
+
+
+def score_draft(arguments: argparse.Namespace) -> None:
+    """`mimo-jax score-draft`."""
+    given = _read_safetensors(arguments.features, "features", "anchors")
+    model = _load(arguments).model
+    scored = score_blocks(model, given["features"], given["anchors"], given.get("positions"))
+    save_file(scored, _out(arguments.out))
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """`mimo-jax bench decode`."""
+    contexts = [int(c) for c in arguments.contexts.split(",") if c.strip()]
+    model = _load(arguments).model
+    wanted = {"batch": arguments.batch, "runs": arguments.runs}
+    tokens = {"prompt_tokens": arguments.prompt_tokens, "new_tokens": arguments.new_tokens}
+    block = model.drafter_config.block_size if model.drafter_config else 1
+    decoded = [bench_decode(model, verify_length=v, **wanted, **tokens) for v in dict.fromkeys((1, block))]
+    timed = [bench_context(model, context=c, **wanted) for c in contexts]
+    machine = _machine()
+    console = Console()
+    console.print(
+        f"{machine['device']}, jax {jax.__version__}, {machine['date']}, {model.dtype}, batch {arguments.batch}"
+    )
+    console.print(_decode_table(decoded))
+    if timed:
+        console.print(_context_table(timed, model))
+    if arguments.json:
+        results = {"machine": machine, "command": sys.argv, "decode": as_json(decoded), "context": as_json(timed)}
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _load(arguments: argparse.Namespace) -> Generator:
+    drafter = arguments.drafter if arguments.drafter in ("auto", "none") else Path(arguments.drafter)
+    return Generator.load(
+        arguments.model,
+        drafter=drafter,
+        dtype=arguments.dtype,
+        storage=arguments.storage,
+        swa_visible_keys=arguments.swa_visible_keys,
+        router_dtype=arguments.router_dtype,
+        qkv_layout=arguments.qkv_layout,
+        draft_rope_theta=arguments.draft_rope_theta,
+    )
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition(":")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise ValueError(f"--logit-bias takes ID:BIAS, such as 42:-5, not {text!r}") from None
+
+
+def _prompts(arguments: argparse.Namespace) -> list[Any]:
+    """Strings, lists of ids, or lists of chat messages."""
+    if arguments.prompt:
+        return arguments.prompt
+    if arguments.prompt_ids:
+        return [_json(text, "--prompt-ids") for text in arguments.prompt_ids]
+    if arguments.chat:
+        text = sys.stdin.read() if arguments.chat == "-" else Path(arguments.chat).read_text(encoding="utf-8")
+        return [_json(text, arguments.chat)]
+    if arguments.prompt_file:
+        lines = arguments.prompt_file.read_text(encoding="utf-8").splitlines()
+        if arguments.prompt_file.suffix == ".jsonl":
+            return [_json(line, f"{arguments.prompt_file}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+        return [line for line in lines if line]
+    if sys.stdin.isatty():
+        raise ValueError("no prompt: give --prompt TEXT, --prompt-file, --chat or --prompt-ids, or pipe text in")
+    return [sys.stdin.read()]
+
+
+def _rendered(generator: Generator, prompt: Any, thinking: bool) -> Prompt:
+    match prompt:
+        case str():
+            return prompt
+        case [int(), *_] if all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
+            return prompt
+        case [dict(), *_]:
+            return generator.tokenizer.encode_chat(prompt, enable_thinking=None if thinking else False)
+    raise ValueError(f"a prompt must be a string, a list of token ids or a list of chat messages, not {prompt!r:.80}")
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+
+
+def _as_json(completion: Completion, trace: bool) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "accept_lengths": [r.accepted + 1 for r in completion.rounds],
+        **completion.stats.as_json(),
+    }
+    return result | {"trace": [asdict(r) for r in completion.rounds]} if trace else result
+
+
+def _statistics(stats: DecodeStats, generator: Generator) -> str:
+    timing = generator.timing
+    positions = " ".join(f"{a:.0%}" for a in stats.acceptance)
+    speed = f"{stats.round_tokens / timing.decode:.1f} tokens/s" if timing.decode else "no rounds"
+    parts = [
+        f"{stats.new_tokens} tokens",
+        speed,
+        f"{stats.rounds} rounds",
+        f"accepted length {stats.accepted_length:.2f} (tokens emitted over rounds)",
+        f"accepted per position {positions}" if positions else "no drafts",
+        f"prefill {stats.prompt_tokens} tokens in {timing.prefill:.2f} s, compile {timing.compile:.1f} s",
+    ]
+    return "[" + ", ".join(parts) + "]"
+
+
+def _read_ids(path: Path) -> np.ndarray:
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, "input_ids")["input_ids"]
+    rows = _json(path.read_text(encoding="utf-8"), str(path))
+    rows = rows if rows and isinstance(rows, list) and isinstance(rows[0], list) else [rows]
+    whole = all(isinstance(row, list) and row and all(type(i) is int for i in row) for row in rows)
+    if not whole or len({len(row) for row in rows}) != 1:
+        raise ValueError(f"{path}: expected a JSON list of token ids, or a list of such lists of one length")
+    return np.array(rows)
+
+
+def _read_safetensors(path: Path, *names: str) -> dict[str, np.ndarray]:
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise ValueError(f"{path}: no tensor {missing[0]!r}; it holds {', '.join(sorted(tensors)) or 'none'}")
+    return tensors
+
+
+def _out(path: Path) -> Path:
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: the folder {path.parent} does not exist")
+    return path
+
+
+def _machine() -> dict[str, Any]:
+    device = jax.devices()[0]
+    name = device.device_kind
+    if device.platform == "cpu":
+        name = f"{_processor()}, {os.cpu_count()} cores"
+    return {"device": name, "platform": platform.platform(), "jax": jax.__version__, "date": str(date.today())}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _spread(spread: Spread | None, digits: int = 1) -> str:
+    return "-" if spread is None else f"{spread.median:.{digits}f} ({spread.low:.{digits}f}-{spread.high:.{digits}f})"
+
+
+def _decode_table(results: list[DecodeResult]) -> Table:
+    table = Table(title="Decode, greedy, random prompts: median (lowest-highest)", title_justify="left")
+    names = ("verify length", "prefill tok/s", "decode tok/s", "accepted length", "compile s", "dispatch us")
+    for name in names:
+        table.add_column(name, justify="right")
+    for r in results:
+        table.add_row(
+            str(r.verify_length),
+            _spread(r.prefill_tokens_per_second),
+            _spread(r.decode_tokens_per_second),
+            f"{r.accepted_length:.2f}",
+            f"{r.compile_seconds:.1f}",
+            _spread(r.dispatch_microseconds, 0),
+        )
+    return table
+
+
+def _context_table(results: list[ContextResult], model: Model) -> Table:
+    table = Table(title="One round by context, caches filled at random: milliseconds", title_justify="left")
+    block = model.drafter_config.block_size if model.drafter_config else 1
+    for name in ("context", "draft", f"verify {block} + commit", "plain step"):
+        table.add_column(name, justify="right")
+    for r in results:
+        cells = (r.draft_milliseconds, r.verify_milliseconds, r.plain_milliseconds)
+        table.add_row(f"{r.context:,}", *(_spread(c, 2) for c in cells))
+    return table

@@ -1,0 +1,1 @@
+"""Holding a model against another implementation, another checkpoint or a clock."""

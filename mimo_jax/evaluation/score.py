@@ -1,0 +1,134 @@
+"""Logits of given tokens and block logits of given features: what one implementation is held against another by."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mimo_jax.cache import BackboneCache, backbone_cache, drafter_ring
+from mimo_jax.model import Model
+from mimo_jax.request import check_ids
+from mimo_jax.speculative import ModelParams, Models
+
+
+def score(
+    model: Model, ids: np.ndarray, *, chunk: int | None = None, hidden_states: bool = False
+) -> dict[str, np.ndarray]:
+    """Teacher-forced logits of every position.
+
+    Args:
+        model: A loaded model.
+        ids: [batch, positions] token ids.
+        chunk: Run through the caches, this many positions at a time. Default: one full forward pass.
+        hidden_states: Give the residual stream too.
+
+    Returns:
+        `logits` [batch, positions, vocab] float32 and, if asked, `hidden_states` [layers + 1, batch, positions, hidden]
+        float32: the embeddings first, then the residual stream after each layer, before any final norm.
+
+    Raises:
+        ValueError: The ids are not a matrix, are outside the vocabulary, or are longer than the context.
+    """
+    if ids.ndim != 2 or ids.shape[1] == 0 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"ids must be an integer matrix [batch, positions], not {ids.dtype} {list(ids.shape)}")
+    config, (batch, positions) = model.config, ids.shape
+    if positions > config.max_positions:
+        raise ValueError(f"{positions} positions are more than the model's context of {config.max_positions}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, not {chunk}")
+    check_ids(np.unique(ids).tolist(), config.vocab_size, "ids")
+    capture = tuple(range(len(config.layers))) if hidden_states else ()
+    step = positions if chunk is None else chunk
+    # a full forward reads nothing from the caches, so they need no room
+    cache = backbone_cache(config, batch, 1 if chunk is None else positions, 1, model.dtype)
+
+    logits, hidden = [], []
+    for start in range(0, positions, step):
+        part = ids[:, start : start + step]
+        padded = np.pad(part, ((0, 0), (0, step - part.shape[1])))
+        scored, states, cache = _forward(
+            model.models, model.params, jnp.asarray(padded, jnp.int32), cache, jnp.int32(part.shape[1]), capture
+        )
+        logits.append(np.asarray(scored)[:, : part.shape[1]])
+        hidden.append(np.asarray(states)[:, :, : part.shape[1]])
+    result = {"logits": np.concatenate(logits, axis=1)}
+    if hidden_states:
+        result["hidden_states"] = np.concatenate(hidden, axis=2)
+    return result
+
+
+@partial(jax.jit, static_argnames=("models", "capture"))
+def _forward(
+    models: Models,
+    params: ModelParams,
+    tokens: jax.Array,
+    cache: BackboneCache,
+    count: jax.Array,
+    capture: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array, BackboneCache]:
+    backbone = models.backbone.bind(params.backbone)
+    output = backbone(tokens, cache, capture)
+    embedded = backbone.embed(tokens)[:, :, None]
+    states = jnp.concatenate([embedded, output.captured], axis=2) if capture else output.captured
+    committed = cache.commit(output.kv, jnp.full(tokens.shape[0], count))
+    return backbone.logits(output.hidden), jnp.moveaxis(states, 2, 0).astype(jnp.float32), committed
+
+
+def score_draft(
+    model: Model, features: np.ndarray, anchors: np.ndarray, positions: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The drafter's view of given blocks.
+
+    Args:
+        model: A loaded model with a drafter.
+        features: [batch, context, captured layers * hidden]: the backbone's residual stream after each captured layer,
+            concatenated, at positions 0 .. context - 1.
+        anchors: [batch] token ids, each block's first and known token.
+        positions: [batch]: where the anchors stand; a block sees the features of earlier positions only. Default: the
+            number of features.
+
+    Returns:
+        `logits` [batch, block, vocab] float32 (row r for the token at the anchor's position + r; row 0 means nothing)
+        and `hidden` [batch, block, hidden] float32 after the drafter's final norm.
+
+    Raises:
+        ValueError: There is no drafter, or shapes, ids or positions do not fit.
+    """
+    config = model.drafter_config
+    if config is None:
+        raise ValueError("this model has no drafter: give one with --drafter")
+    width = len(config.target_layer_ids) * config.hidden_size
+    if features.ndim != 3 or features.shape[-1] != width:
+        raise ValueError(f"features must be [batch, context, {width}], not {list(features.shape)}")
+    batch, context = features.shape[:2]
+    positions = np.full(batch, context) if positions is None else positions
+    if anchors.shape != (batch,) or positions.shape != (batch,):
+        raise ValueError(
+            f"anchors and positions must be [{batch}], one a row of features, "
+            f"not {list(anchors.shape)} and {list(positions.shape)}"
+        )
+    if positions.min() < 0 or positions.max() > context:
+        raise ValueError(f"positions must lie in 0 .. {context}, the number of features given")
+    check_ids(anchors.tolist(), model.config.vocab_size, "anchors")
+    hidden, logits = _draft(
+        model.models,
+        model.params,
+        jnp.asarray(features, model.dtype),
+        jnp.asarray(anchors, jnp.int32),
+        jnp.asarray(positions, jnp.int32),
+    )
+    return {"logits": np.asarray(logits), "hidden": np.asarray(hidden)}
+
+
+@partial(jax.jit, static_argnames="models")
+def _draft(
+    models: Models, params: ModelParams, features: jax.Array, anchors: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    backbone, drafter = models.backbone.bind(params.backbone), models.bind_drafter(params)
+    config, start = drafter.config, jnp.zeros_like(positions)
+    captured = features.reshape(*features.shape[:2], len(config.target_layer_ids), config.hidden_size)
+    ring = drafter_ring(config, features.shape[0], max(1, features.shape[1]), features.dtype)
+    ring = ring.commit(drafter.context(captured, start), start, positions)
+    hidden = drafter(backbone.embed(anchors), ring, positions)
+    return hidden.astype(jnp.float32), backbone.head(hidden)

@@ -1,0 +1,140 @@
+"""Decoding one batch: prompts in, tokens out, the device programs in between compiled once a shape."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mimo_jax.cache import backbone_cache, drafter_ring
+from mimo_jax.config import BackboneConfig
+from mimo_jax.model import Model
+from mimo_jax.request import SamplingParams, batch_requests
+from mimo_jax.speculative import DecodeState, Rounds, decode, empty_state, prefill
+
+MAX_CHUNK = 512
+"""Prompt tokens a row at a time."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one dispatch gave, on the host."""
+
+    tokens: list[list[int]]
+    """New tokens of each row."""
+    rounds: Rounds | None
+    """The rounds that ran, as NumPy arrays; None for a prefill."""
+    seconds: float
+
+
+class Session:
+    """A batch of requests on the device, from empty caches to finished rows.
+
+    Args:
+        model: A loaded model.
+        prompts: Token ids, one list a row, none empty.
+        params: Settings, one a row.
+        verify_length: Rows the backbone verifies a round, 1 (plain decoding) to the drafter's block size.
+            Default: the whole block, 1 without a drafter.
+        rounds: Rounds a dispatch.
+        sampled_drafts: Draw drafts instead of taking the best (see `speculative.decode`).
+
+    Raises:
+        ValueError: A prompt is empty or too long, ids are outside the vocabulary, or there is no drafter to verify.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        *,
+        verify_length: int | None = None,
+        rounds: int = 8,
+        sampled_drafts: bool = False,
+    ):
+        config = model.config
+        check_lengths(config, prompts, params)
+        block = model.drafter_config.block_size if model.drafter_config else 1
+        self.verify_length = block if verify_length is None else verify_length
+        if not 1 <= self.verify_length <= block:
+            limit = f"1 to {block}, the drafter's block" if block > 1 else "1: this model has no drafter"
+            raise ValueError(f"verify_length must be {limit}, not {self.verify_length}")
+        self.model, self.prompts = model, [list(p) for p in prompts]
+        self._requests = batch_requests(prompts, params, model.eos_ids, config.vocab_size)
+
+        longest = max(map(len, prompts))
+        grown = max(len(p) + q.max_new_tokens for p, q in zip(prompts, params, strict=True))
+        self.capacity = max(256, 1 << (grown - 1).bit_length())
+        self._chunk = min(MAX_CHUNK, max(16, 1 << (longest - 1).bit_length()))
+        self._state = self._empty(block)
+        statics = {"rounds": rounds, "verify_length": self.verify_length, "sampled_drafts": sampled_drafts}
+        start = time.perf_counter()
+        self._prefill = model.compiled(prefill, (self._state, self._requests, *self._chunk_at(0)), {})
+        self._decode = model.compiled(decode, (self._state, self._requests), statics)
+        self.compile_seconds = time.perf_counter() - start
+
+    def _empty(self, block: int) -> DecodeState:
+        model, batch = self.model, len(self.prompts)
+        cache = backbone_cache(model.config, batch, self.capacity, block, model.dtype)
+        ring = None
+        if model.drafter_config is not None:
+            ring = drafter_ring(model.drafter_config, batch, self.capacity, model.dtype)
+        return empty_state(cache, ring, model.config.vocab_size)
+
+    def _chunk_at(self, start: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        parts = [p[start : start + self._chunk] for p in self.prompts]
+        tokens = np.array([p + [0] * (self._chunk - len(p)) for p in parts], np.int32)
+        last = [start < len(p) <= start + self._chunk for p in self.prompts]
+        return jnp.asarray(tokens), jnp.asarray(np.array(list(map(len, parts)), np.int32)), jnp.asarray(np.array(last))
+
+    def prefill(self) -> Step:
+        """Run all prompts, chunk by chunk; gives every row its first token."""
+        begin = time.perf_counter()
+        firsts: list[list[int]] = [[] for _ in self.prompts]
+        for start in range(0, max(map(len, self.prompts)), self._chunk):
+            tokens, counts, last = self._chunk_at(start)
+            self._state, picked = self._prefill(self.model.params, self._state, self._requests, tokens, counts, last)
+            for row in np.flatnonzero(np.asarray(last)):
+                firsts[row] = [int(picked[row])]
+        return Step(firsts, None, time.perf_counter() - begin)
+
+    def step(self) -> Step:
+        """Dispatch rounds once; rows that finish stop, and the device stops early when all have."""
+        begin = time.perf_counter()
+        self._state, log, ran = self._decode(self.model.params, self._state, self._requests)
+        log, ran = jax.device_get((log, ran))
+        rounds = jax.tree.map(lambda x: x[: int(ran)], log)
+        tokens = [
+            [int(t) for done, n in zip(rounds.tokens[:, row], rounds.counts[:, row], strict=True) for t in done[:n]]
+            for row in range(len(self.prompts))
+        ]
+        return Step(tokens, rounds, time.perf_counter() - begin)
+
+    @property
+    def active(self) -> np.ndarray:
+        """[batch] bool: rows that go on."""
+        return np.asarray(self._state.active)
+
+    def stop(self, rows: Sequence[int]) -> None:
+        """End rows that the host has seen enough of."""
+        going = self.active.copy()
+        going[list(rows)] = False
+        self._state = replace(self._state, active=jnp.asarray(going))
+
+
+def check_lengths(config: BackboneConfig, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> None:
+    """Raise `ValueError` unless every prompt has tokens and fits the context with what it asks for."""
+    if not prompts:
+        raise ValueError("no prompts given")
+    for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+        name = "the prompt" if len(prompts) == 1 else f"prompt {i}"
+        if not prompt:
+            raise ValueError(f"{name} is empty: there must be at least one token to continue")
+        if len(prompt) + p.max_new_tokens > config.max_positions:
+            raise ValueError(
+                f"{name} has {len(prompt)} tokens and asks for {p.max_new_tokens} new ones, "
+                f"more than the model's context of {config.max_positions}; shorten it or lower max_new_tokens"
+            )
