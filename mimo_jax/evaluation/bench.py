@@ -1,4 +1,4 @@
-"""How fast decoding is: prefill, plain and speculative decode, the cost of a dispatch, and how cost grows with context."""
+"""How fast decoding is: prefill, plain and speculative decode, what a dispatch costs, how cost grows with context."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -1,0 +1,137 @@
+"""Small models for tests: the golden ones, and random ones of any shape without a checkpoint."""
+
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mimo_jax.backbone import Backbone
+from mimo_jax.cache import backbone_cache, drafter_ring
+from mimo_jax.config import AttentionConfig, BackboneConfig, DrafterConfig, LayerKind, MoeConfig
+from mimo_jax.drafter import Drafter
+from mimo_jax.model import LoadOptions, Model, load_model
+from mimo_jax.params import Declared, Params
+from mimo_jax.request import SamplingParams, batch_requests
+from mimo_jax.speculative import DecodeState, ModelParams, Models, Requests, decode, empty_state, prefill
+
+
+@cache
+def golden_model(folder: Path, **options) -> Model:
+    """A golden checkpoint, loaded once a set of options."""
+    return load_model(folder, LoadOptions(**options))
+
+
+def random_params(declared: Declared, seed: int, scale: float = 1.0) -> Params:
+    """Normal weights of standard deviation scale / sqrt(fan in); norms near one."""
+    leaves, structure = jax.tree.flatten(declared.shapes)
+    rng = np.random.default_rng(seed)
+
+    def leaf(shape: tuple[int, ...], axes: tuple[str, ...], dtype) -> jax.Array:
+        if axes[-1] == "embed" and len(shape) <= 2 and "vocab" not in axes and "features" not in axes:
+            return jnp.asarray(1 + 0.1 * rng.standard_normal(shape), dtype)
+        return jnp.asarray(scale * rng.standard_normal(shape) / np.sqrt(shape[-1]), dtype)
+
+    named = jax.tree.leaves(declared.axes, is_leaf=lambda a: isinstance(a, tuple))
+    return jax.tree.unflatten(structure, [leaf(s.shape, axes, s.dtype) for s, axes in zip(leaves, named, strict=True)])
+
+
+def tiny_configs(
+    window: int = 6, drafter_window: int | None = 10, vocab: int = 61, block: int = 8
+) -> tuple[BackboneConfig, DrafterConfig]:
+    """A backbone of five layers and its drafter; nothing is a multiple of anything by accident."""
+
+    def attention(kv_heads: int, theta: float, sink: bool, visible: int | None, dims=(12, 8)) -> AttentionConfig:
+        return AttentionConfig(4, kv_heads, *dims, 4, theta, sink, visible, 0.7)
+
+    full, swa = LayerKind("full", "dense"), LayerKind("swa", "moe")
+    backbone = BackboneConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        layers=(full, swa, swa, LayerKind("full", "moe"), swa),
+        full=attention(1, 1e6, False, None),
+        swa=attention(2, 1e4, True, window),
+        sliding_window=window - 1,
+        dense_intermediate=40,
+        moe=MoeConfig(6, 2, 24, 1, 1, True, 1.0),
+        rms_eps=1e-5,
+        max_positions=1 << 20,
+        router_dtype="float32",
+        fused_qkv=False,
+        quantization=None,
+        eos_ids=(),
+    )
+    drafter = DrafterConfig(
+        hidden_size=32,
+        num_layers=2,
+        attention=attention(2, 1e4, True, drafter_window, (8, 8)),
+        intermediate=40,
+        rms_eps=1e-5,
+        block_size=block,
+        target_layer_ids=(0, 2, 4),
+        num_target_layers=5,
+        mask_token_id=vocab - 1,
+    )
+    return backbone, drafter
+
+
+def tiny_model(seed: int, dtype="float32", **shape) -> tuple[Models, ModelParams]:
+    """A random backbone and drafter of `tiny_configs`."""
+    config, drafter_config = tiny_configs(**shape)
+    models = Models(Declared(lambda: Backbone(config, dtype)), Declared(lambda: Drafter(drafter_config, dtype)))
+    assert models.drafter is not None
+    return models, ModelParams(random_params(models.backbone, seed, 1.5), random_params(models.drafter, seed + 1))
+
+
+def started(
+    models: Models,
+    params: ModelParams,
+    prompts: list[list[int]],
+    settings: list[SamplingParams],
+    *,
+    capacity: int = 256,
+    chunk: int | None = None,
+    eos: tuple[int, ...] = (),
+) -> tuple[DecodeState, Requests, np.ndarray]:
+    """A batch after its prefill: the state, the requests and the first tokens."""
+    config = models.backbone.module.config
+    requests = batch_requests(prompts, settings, eos, config.vocab_size)
+    block = models.drafter.module.config.block_size if models.drafter else 1
+    ring = drafter_ring(models.drafter.module.config, len(prompts), capacity, "float32") if models.drafter else None
+    state = empty_state(
+        backbone_cache(config, len(prompts), capacity, block, "float32", page_size=16), ring, config.vocab_size
+    )
+    chunk = chunk or max(map(len, prompts))
+    firsts = np.zeros(len(prompts), np.int32)
+    for start in range(0, max(map(len, prompts)), chunk):
+        parts = [p[start : start + chunk] for p in prompts]
+        last = np.array([start < len(p) <= start + chunk for p in prompts])
+        tokens = jnp.asarray(np.array([p + [0] * (chunk - len(p)) for p in parts], np.int32))
+        counts = jnp.asarray(np.array([len(p) for p in parts], np.int32))
+        state, first = prefill(models, params, state, requests, tokens, counts, jnp.asarray(last))
+        firsts = np.where(last, np.asarray(first), firsts)
+    return state, requests, firsts
+
+
+def decoded(
+    models: Models,
+    params: ModelParams,
+    prompts: list[list[int]],
+    settings: list[SamplingParams],
+    verify_length: int,
+    rounds: int = 64,
+    **more,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Every row's new tokens, and the accepted lengths of its rounds (uncut, bonus included)."""
+    state, requests, firsts = started(models, params, prompts, settings, **more)
+    tokens = [[int(t)] for t in firsts]
+    lengths: list[list[int]] = [[] for _ in prompts]
+    while bool(np.asarray(state.active).any()):
+        state, log, ran = decode(models, params, state, requests, rounds=rounds, verify_length=verify_length)
+        for r in range(int(ran)):
+            for row, n in enumerate(np.asarray(log.counts[r])):
+                tokens[row] += np.asarray(log.tokens[r, row, :n]).tolist()
+                if n:
+                    lengths[row].append(int(log.accepted[r, row]) + 1)
+    return tokens, lengths
