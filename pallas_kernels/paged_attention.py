@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.softmax import grouped_scores, weighted_values
 
-KEYS_PER_STEP = 512
+KEYS_PER_STEP = 1024
 
 
 def paged_attention(

@@ -41,4 +41,9 @@ def test_golden_files_are_whole(root):
     ],
 )
 def test_repository_holds_every_kind_of_golden(golden_dir, kind):
-    assert golden_dir / kind in golden_folders(kind)
+    assert (golden_dir / kind / "README.txt").is_file()
+    assert len({folder.name for folder in golden_folders(kind)}) == len(golden_folders(kind))  # none is run twice
+
+
+def test_golden_copy_stays_small(golden_dir):
+    assert sum(path.stat().st_size for path in golden_dir.rglob("*") if path.is_file()) <= 20_000_000
