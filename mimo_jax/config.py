@@ -5,24 +5,18 @@ those the family's own configuration class has (a missing `swa_*` key means its 
 each stands beside the line that applies it. A key that is present but null counts as absent.
 """
 
-import json
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-logger = logging.getLogger(__name__)
+from mimo_jax.hf_keys import ConfigError, Keys, LayeredKeys, read_json_object
 
 AttentionKind = Literal["full", "swa"]
 MlpKind = Literal["dense", "moe"]
 
 MODEL_TYPES = ("mimo_v2", "mimo_v2_flash")
-
-
-class ConfigError(ValueError):
-    """A `config.json` that cannot be run, with the key that says so."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +127,7 @@ class BackboneConfig:
         Raises:
             ConfigError: With the key that is missing, contradictory or unsupported.
         """
-        keys = _Keys(hf, "config.json")
+        keys = Keys(hf, "config.json")
         keys.require("model_type", *MODEL_TYPES)
         keys.require("hidden_act", "silu")
         keys.require("attention_bias", False)
@@ -231,7 +225,7 @@ class DrafterConfig:
         Raises:
             ConfigError: With the key that is missing, contradictory or unsupported.
         """
-        keys = _Keys(hf, "dflash/config.json")
+        keys = Keys(hf, "dflash/config.json")
         if "DFlashDraftModel" not in (hf.get("architectures") or ()):
             raise ConfigError(
                 f"dflash/config.json: architectures must name DFlashDraftModel, not {hf.get('architectures')!r}"
@@ -240,7 +234,7 @@ class DrafterConfig:
         keys.require("attention_bias", False)
         if not isinstance(hf.get("dflash_config"), Mapping):
             raise ConfigError("dflash/config.json: dflash_config is missing or not an object")
-        dflash = _Keys(hf["dflash_config"], "dflash/config.json: dflash_config")
+        dflash = Keys(hf["dflash_config"], "dflash/config.json: dflash_config")
         keys.known.add("dflash_config")
 
         # The same two facts may stand at the top level and in dflash_config: they must agree.
@@ -306,107 +300,7 @@ class DrafterConfig:
             )
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        ConfigError: The file is missing, unreadable, not JSON, or not an object; the message names it.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; expected a model folder in Hugging Face layout") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a readable JSON file ({error})") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-class _Keys:
-    """Typed access to a JSON object that remembers which keys were asked for."""
-
-    def __init__(self, values: Mapping[str, Any], where: str):
-        self.values, self.where = values, where
-        self.known: set[str] = set()
-
-    def has(self, key: str) -> bool:
-        self.known.add(key)
-        return self.values.get(key) is not None
-
-    def get(self, key: str) -> Any:
-        if not self.has(key):
-            raise ConfigError(f"{self.where}: {key} is missing")
-        return self.values[key]
-
-    def _wrong(self, key: str, expected: str) -> ConfigError:
-        return ConfigError(f"{self.where}: {key} must be {expected}, not {self.values[key]!r}")
-
-    def integer(self, key: str, at_least: int = 1) -> int:
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value < 2**31:
-            raise self._wrong(key, f"an integer of at least {at_least}")
-        return value
-
-    def integers(self, key: str) -> tuple[int, ...]:
-        """An integer or a list of integers, as a tuple; empty where the key is absent."""
-        if not self.has(key):
-            return ()
-        value = self.values[key]
-        values = value if isinstance(value, list) else [value]
-        if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-            raise self._wrong(key, "an integer or a list of integers")
-        return tuple(values)
-
-    def number(self, key: str, above: float = -math.inf, at_most: float = math.inf) -> float:
-        value = self.get(key)
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not math.isfinite(value) or not above < value <= at_most:
-            bound = "" if at_most == math.inf else f" and at most {at_most:g}"
-            raise self._wrong(key, f"a number above {above:g}{bound}")
-        return float(value)
-
-    def boolean(self, key: str) -> bool:
-        value = self.get(key)
-        if not isinstance(value, bool):
-            raise self._wrong(key, "true or false")
-        return value
-
-    def optional_boolean(self, key: str, default: bool) -> bool:
-        return self.boolean(key) if self.has(key) else default
-
-    def choice(self, key: str, *allowed: str, default: str) -> str:
-        if not self.has(key):
-            return default
-        if self.values[key] not in allowed:
-            raise self._wrong(key, " or ".join(allowed))
-        return self.values[key]
-
-    def require(self, key: str, *allowed: Any) -> None:
-        value = self.get(key)
-        if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
-            raise self._wrong(key, " or ".join(json.dumps(a) for a in allowed))
-
-    def log_unknown(self) -> None:
-        unknown = sorted(set(self.values) - self.known)
-        if unknown:
-            logger.info("%s: keys not used by this model: %s", self.where, ", ".join(unknown))
-
-
-class _Layered(_Keys):
-    """Keys that may stand at the top level or inside `rope_parameters`; both must agree."""
-
-    def __init__(self, keys: _Keys, inner: Mapping[str, Any]):
-        for key in ("rope_theta", "partial_rotary_factor"):
-            if keys.has(key) and inner.get(key) is not None and keys.values[key] != inner[key]:
-                raise ConfigError(
-                    f"{keys.where}: {key} is {keys.values[key]!r} but rope_parameters.{key} is {inner[key]!r}"
-                )
-        present = {k: v for k, v in keys.values.items() if v is not None}
-        super().__init__({**inner, **present}, keys.where)
-
-
-def _rope(keys: _Keys) -> _Keys:
+def _rope(keys: Keys) -> Keys:
     inner: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):  # two names of one thing
         if not keys.has(name):
@@ -420,10 +314,10 @@ def _rope(keys: _Keys) -> _Keys:
                     f"{keys.where}: {name}.{key} {value[key]!r} is not supported: only default (unscaled)"
                 )
         inner.update(value)
-    return _Layered(keys, inner)
+    return LayeredKeys(keys, inner)
 
 
-def _sliding_window(keys: _Keys) -> int:
+def _sliding_window(keys: Keys) -> int:
     names = [k for k in ("sliding_window_size", "sliding_window") if keys.has(k)]  # each stands in for the other
     if not names:
         raise ConfigError(f"{keys.where}: sliding_window_size is missing")
@@ -436,7 +330,7 @@ def _sliding_window(keys: _Keys) -> int:
     return sizes.pop()
 
 
-def _value_scale(keys: _Keys, hidden: int) -> float:
+def _value_scale(keys: Keys, hidden: int) -> float:
     if keys.has("attention_value_scale"):
         return keys.number("attention_value_scale", above=0)
     v_dim = keys.integer("v_head_dim") if keys.has("v_head_dim") else keys.integer("head_dim")
@@ -448,7 +342,7 @@ def _value_scale(keys: _Keys, hidden: int) -> float:
 
 
 def _attention(
-    keys: _Keys, prefix: str, factor: float, theta: float, sink: bool, visible: int | None, scale: float
+    keys: Keys, prefix: str, factor: float, theta: float, sink: bool, visible: int | None, scale: float
 ) -> AttentionConfig:
     def size(name: str) -> int:
         # a missing swa_* key means its full-attention twin, a missing v_head_dim means head_dim
@@ -485,7 +379,7 @@ def _check_attention(attention: AttentionConfig, where: str, prefix: str) -> Non
         )
 
 
-def _layers(keys: _Keys, count: int) -> tuple[LayerKind, ...]:
+def _layers(keys: Keys, count: int) -> tuple[LayerKind, ...]:
     if keys.has("hybrid_layer_pattern"):
         windowed = _flags(keys, "hybrid_layer_pattern", count)
     elif keys.has("hybrid_block_size"):
@@ -503,7 +397,7 @@ def _layers(keys: _Keys, count: int) -> tuple[LayerKind, ...]:
     )
 
 
-def _flags(keys: _Keys, key: str, count: int) -> list[bool]:
+def _flags(keys: Keys, key: str, count: int) -> list[bool]:
     values = keys.integers(key)
     if len(values) != count or not set(values) <= {0, 1}:
         raise ConfigError(f"{keys.where}: {key} must be a list of {count} zeros and ones, not {list(values)}")
@@ -524,12 +418,12 @@ def _check_moe(moe: MoeConfig) -> None:
         fail(f"num_experts_per_tok ({moe.top_k}) is more than the experts that routing can reach")
 
 
-def _quantization(keys: _Keys) -> QuantConfig | None:
+def _quantization(keys: Keys) -> QuantConfig | None:
     if not keys.has("quantization_config"):
         return None
     if not isinstance(keys.values["quantization_config"], Mapping):
         raise ConfigError(f"{keys.where}: quantization_config must be an object")
-    quant = _Keys(keys.values["quantization_config"], f"{keys.where}: quantization_config")
+    quant = Keys(keys.values["quantization_config"], f"{keys.where}: quantization_config")
     quant.require("quant_method", "fp8")
     if quant.has("fmt"):
         quant.require("fmt", "e4m3")
@@ -542,7 +436,7 @@ def _quantization(keys: _Keys) -> QuantConfig | None:
     return QuantConfig(expert_format=expert_format, fp8_block=(block[0], block[1]))  # pyright: ignore[reportArgumentType]
 
 
-def _agreeing(outer: _Keys, inner: _Keys, key: str) -> int:
+def _agreeing(outer: Keys, inner: Keys, key: str) -> int:
     if outer.has(key) and inner.has(key) and outer.values[key] != inner.values[key]:
         raise ConfigError(
             f"{outer.where}: {key} is {outer.values[key]!r} but dflash_config.{key} is {inner.values[key]!r}"
@@ -550,7 +444,7 @@ def _agreeing(outer: _Keys, inner: _Keys, key: str) -> int:
     return (inner if inner.has(key) else outer).integer(key)
 
 
-def _drafter_window(keys: _Keys, dflash: _Keys) -> int | None:
+def _drafter_window(keys: Keys, dflash: Keys) -> int | None:
     """Keys a row sees, itself included, or None; the top-level `sliding_window` may only repeat it."""
     window = dflash.integer("swa_window_size") if dflash.optional_boolean("use_swa", False) else None
     if keys.has("sliding_window") and keys.integer("sliding_window") != window:

@@ -28,7 +28,7 @@ def random_params(declared: Declared, seed: int, scale: float = 1.0) -> Params:
     leaves, structure = jax.tree.flatten(declared.shapes)
     rng = np.random.default_rng(seed)
 
-    def leaf(shape: tuple[int, ...], axes: tuple[str, ...], dtype) -> jax.Array:
+    def leaf(shape, axes: tuple[str, ...], dtype) -> jax.Array:
         if axes[-1] == "embed" and len(shape) <= 2 and "vocab" not in axes and "features" not in axes:
             return jnp.asarray(1 + 0.1 * rng.standard_normal(shape), dtype)
         return jnp.asarray(scale * rng.standard_normal(shape) / np.sqrt(shape[-1]), dtype)
@@ -42,8 +42,8 @@ def tiny_configs(
 ) -> tuple[BackboneConfig, DrafterConfig]:
     """A backbone of five layers and its drafter; nothing is a multiple of anything by accident."""
 
-    def attention(kv_heads: int, theta: float, sink: bool, visible: int | None, dims=(12, 8)) -> AttentionConfig:
-        return AttentionConfig(4, kv_heads, *dims, 4, theta, sink, visible, 0.7)
+    def attention(kv_heads: int, theta: float, sink: bool, visible: int | None, qk_dim: int = 12) -> AttentionConfig:
+        return AttentionConfig(4, kv_heads, qk_dim, 8, 4, theta, sink, visible, 0.7)
 
     full, swa = LayerKind("full", "dense"), LayerKind("swa", "moe")
     backbone = BackboneConfig(
@@ -65,7 +65,7 @@ def tiny_configs(
     drafter = DrafterConfig(
         hidden_size=32,
         num_layers=2,
-        attention=attention(2, 1e4, True, drafter_window, (8, 8)),
+        attention=attention(2, 1e4, True, drafter_window, 8),
         intermediate=40,
         rms_eps=1e-5,
         block_size=block,

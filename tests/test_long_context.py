@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mimo_jax.backbone import Backbone
-from mimo_jax.cache import backbone_cache, drafter_ring
+from mimo_jax.cache import RingKV, backbone_cache, drafter_ring
 from mimo_jax.drafter import Drafter
 from mimo_jax.params import Declared
 from mimo_jax.request import SamplingParams, batch_requests
@@ -87,9 +87,10 @@ def test_dead_ring_slots_do_not_reach_the_windowed_layers_at_a_million_positions
     state = _filled(models, 1_048_000, seed)
     ring = state.cache.kv["swa"]
     slots, window = ring.k.shape[2], models.backbone.module.config.swa.visible_keys
+    assert window is not None
     age = (1_048_000 - 1 - np.arange(slots)) % slots
     dead = jnp.asarray(age >= window - 1)[None, None, :, None, None]
-    poisoned = type(ring)(jnp.where(dead, 1e6, ring.k), jnp.where(dead, 1e6, ring.v))
+    poisoned = RingKV(jnp.where(dead, 1e6, ring.k), jnp.where(dead, 1e6, ring.v))
     assert bool(dead.any())
     other = replace(state, cache=replace(state.cache, kv={**state.cache.kv, "swa": poisoned}))
     assert _tokens(models, params, other, requests, 8) == _tokens(models, params, state, requests, 8)
