@@ -82,7 +82,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(description, indent=2))
     else:
-        report(description, Console())
+        report(description, _console())
 
 
 def synthesize(arguments: argparse.Namespace) -> None:
@@ -117,7 +117,7 @@ def bench(arguments: argparse.Namespace) -> None:
     decoded = [bench_decode(model, verify_length=v, **wanted, **tokens) for v in dict.fromkeys((1, block))]
     timed = [bench_context(model, context=c, **wanted) for c in contexts]
     machine = _machine()
-    console = Console()
+    console = _console()
     console.print(
         f"{machine['device']}, jax {jax.__version__}, {machine['date']}, {model.dtype}, batch {arguments.batch}"
     )
@@ -127,6 +127,11 @@ def bench(arguments: argparse.Namespace) -> None:
     if arguments.json:
         results = {"machine": machine, "command": sys.argv, "decode": as_json(decoded), "context": as_json(timed)}
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _console() -> Console:
+    """Tables wide enough to read where output is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def _load(arguments: argparse.Namespace) -> Generator:

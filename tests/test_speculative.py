@@ -1,5 +1,7 @@
 """The decode loop: golden runs, losslessness, cuts, rows of different lengths."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -255,7 +257,7 @@ def test_speculative_samples_follow_the_plain_law(sampled_drafts):
         codes = [sum(t[:, c] * 8**i for i, c in enumerate(columns)) for t in (spec, plain)]
         table = np.array([np.bincount(c, minlength=8 ** len(columns)) for c in codes])
         table = table[:, table.sum(0) >= 10]
-        _, p_value, _, _ = chi2_contingency(table)
+        p_value: Any = chi2_contingency(table)[1]
         assert p_value > 1e-4
 
 
