@@ -1,0 +1,144 @@
+"""The command as a person meets it: text out, files out, and one clear line for what cannot be done."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mimo_jax.cli import main
+from mimo_jax.synthesize import synthesize
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    synthesize("tiny", folder, seed=0)
+    return folder
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_generate_json_traces_its_rounds(checkpoint, capsys):
+    options = ("--max-new-tokens", 8, "--ignore-eos", "--json", "--trace")
+    code, out, _ = run(capsys, "generate", "--model", checkpoint, "--prompt", "Hello", *options)
+    assert code == 0
+    answer, total = map(json.loads, out.splitlines())
+    assert len(answer["token_ids"]) == 8
+    assert answer["finish_reason"] == "length"
+    picked = [t for r in answer["trace"] for t in r["tokens"][: r["emitted"]]]
+    assert answer["token_ids"][1:] == picked
+    assert total["total"]["rounds"] == len(answer["trace"]) == len(answer["accept_lengths"])
+    code, text, err = run(capsys, "generate", "--model", checkpoint, "--prompt", "Hello", *options[:3])
+    assert code == 0
+    assert text == answer["text"] + "\n"
+    assert "accepted length" in err
+
+
+def test_inspect_reads_headers(checkpoint, capsys):
+    code, out, _ = run(capsys, "inspect", checkpoint, "--json")
+    description = json.loads(out)
+    assert code == 0
+    assert description["drafter"]["block_size"] == 8
+    assert any(part["name"] == "mtp" for part in description["backbone"]["skipped"])
+    assert run(capsys, "inspect", checkpoint)[0] == 0
+
+
+def test_score_in_chunks_equals_one_forward(checkpoint, capsys, tmp_path):
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps(np.arange(20).reshape(2, 10).tolist()))
+    save_file({"input_ids": np.arange(20).reshape(2, 10)}, tmp_path / "ids.safetensors")
+    whole, chunked = tmp_path / "whole.safetensors", tmp_path / "chunked.safetensors"
+    common = ("score", "--model", checkpoint)
+    assert run(capsys, *common, "--ids", ids, "--out", whole, "--hidden-states")[0] == 0
+    assert run(capsys, *common, "--ids", tmp_path / "ids.safetensors", "--out", chunked, "--chunk", 4)[0] == 0
+    logits = load_file(whole)["logits"]
+    np.testing.assert_allclose(load_file(chunked)["logits"], logits, atol=2e-5)
+    assert load_file(whole)["hidden_states"].shape == (8, 2, 10, 256)
+
+
+def test_score_draft_equals_the_golden(golden_dir, capsys, tmp_path):
+    folder = golden_dir / "dflash_tiny"
+    golden = load_file(folder / "block_golden.safetensors")
+    given = {"features": golden["ctx12.target_features"], "anchors": golden["ctx12.anchor_token"]}
+    save_file(given, tmp_path / "in.safetensors")
+    out = tmp_path / "out.safetensors"
+    options = ("--drafter", folder / "drafter_random", "--features", tmp_path / "in.safetensors", "--out", out)
+    assert run(capsys, "score-draft", "--model", folder / "target", *options)[0] == 0
+    np.testing.assert_allclose(load_file(out)["logits"], golden["ctx12.mimo.logits"], atol=2e-5)
+
+
+BAD = [
+    (("--prompt", "a", "--max-new-tokens", "-1"), "max_new_tokens"),
+    (("--prompt", "a", "--temperature", "nan"), "temperature"),
+    (("--prompt", "a", "--top-p", "2"), "top_p"),
+    (("--prompt", "a", "--max-new-tokens", "2000000"), "context"),
+    (("--prompt-ids", "[1, 99999]"), "99999 is outside the vocabulary"),
+    (("--prompt-ids", "[]"), "prompt"),
+    (("--prompt-ids", "[1, 2"), "not JSON"),
+    (("--prompt-ids", "[1]", "--stop-token-id", "99999"), "stop_token_ids"),
+    (("--prompt-ids", "[1]", "--logit-bias", "99999:1"), "logit_bias"),
+    (("--prompt-ids", "[1]", "--logit-bias", "x"), "ID:BIAS"),
+    (("--prompt", "a", "--verify-length", "9"), "verify_length"),
+    (("--prompt", "a", "--drafter", "/no/such"), "no such drafter folder"),
+    (("--prompt-file", "/no/such"), "/no/such"),
+]
+
+
+@pytest.mark.parametrize(("options", "named"), BAD, ids=[" ".join(b[0]) for b in BAD])
+def test_bad_requests_get_one_clear_line(checkpoint, capsys, options, named):
+    code, out, err = run(capsys, "generate", "--model", checkpoint, *options)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert named in err
+    assert "Traceback" not in err
+
+
+def test_images_are_refused(checkpoint, capsys, tmp_path):
+    chat = tmp_path / "chat.json"
+    chat.write_text(json.dumps([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]))
+    code, _, err = run(capsys, "generate", "--model", checkpoint, "--chat", chat)
+    assert code == 2
+    assert "image" in err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing file", "no config", "drafter of another size"])
+def test_damaged_checkpoints_get_one_clear_line(checkpoint, capsys, tmp_path, damage):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    weights = sorted(folder.glob("*.safetensors"))[0]
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "missing file":
+        weights.unlink()
+    elif damage == "no config":
+        (folder / "config.json").unlink()
+    else:
+        config = json.loads((folder / "dflash" / "config.json").read_text())
+        (folder / "dflash" / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
+    code, out, err = run(capsys, "generate", "--model", folder, "--prompt", "a")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert {"no config": "config.json", "drafter of another size": "hidden_size"}.get(damage, weights.name) in err
+
+
+def test_debug_shows_the_traceback(capsys, tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json"):
+        main(["generate", "--model", str(tmp_path), "--prompt", "a", "--debug"])
+
+
+@pytest.mark.slow
+def test_bench_writes_figures(checkpoint, capsys, tmp_path):
+    out = tmp_path / "bench.json"
+    sizes = ("--prompt-tokens", 16, "--new-tokens", 16, "--runs", 2, "--contexts", "64,256")
+    assert run(capsys, "bench", "decode", "--model", checkpoint, *sizes, "--json", out)[0] == 0
+    results = json.loads(out.read_text())
+    assert [r["verify_length"] for r in results["decode"]] == [1, 8]
+    assert all(r["decode_tokens_per_second"]["median"] > 0 for r in results["decode"])
+    assert [r["context"] for r in results["context"]] == [64, 256]
