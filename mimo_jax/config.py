@@ -16,6 +16,7 @@ from mimo_jax.hf_keys import ConfigError, Keys, LayeredKeys, read_json_object
 AttentionKind = Literal["full", "swa"]
 MlpKind = Literal["dense", "moe"]
 
+MOST_LAYERS = 10_000
 MODEL_TYPES = ("mimo_v2", "mimo_v2_flash")
 
 
@@ -139,6 +140,8 @@ class BackboneConfig:
 
         hidden = keys.integer("hidden_size")
         count = keys.integer("num_hidden_layers")
+        if count > MOST_LAYERS:
+            raise ConfigError(f"config.json: num_hidden_layers is {count}; at most {MOST_LAYERS} are supported")
         rope = _rope(keys)
         window = _sliding_window(keys)
         visible = window + 1 if swa_visible_keys is None else swa_visible_keys
@@ -226,10 +229,9 @@ class DrafterConfig:
             ConfigError: With the key that is missing, contradictory or unsupported.
         """
         keys = Keys(hf, "dflash/config.json")
-        if "DFlashDraftModel" not in (hf.get("architectures") or ()):
-            raise ConfigError(
-                f"dflash/config.json: architectures must name DFlashDraftModel, not {hf.get('architectures')!r}"
-            )
+        architectures = hf.get("architectures")
+        if not isinstance(architectures, list) or "DFlashDraftModel" not in architectures:
+            raise ConfigError(f"dflash/config.json: architectures must name DFlashDraftModel, not {architectures!r}")
         keys.require("hidden_act", "silu")
         keys.require("attention_bias", False)
         if not isinstance(hf.get("dflash_config"), Mapping):
@@ -309,7 +311,7 @@ def _rope(keys: Keys) -> Keys:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{keys.where}: {name} must be an object, not {value!r}")
         for key in ("rope_type", "type"):
-            if value.get(key, "default") != "default":
+            if value.get(key) not in (None, "default"):
                 raise ConfigError(
                     f"{keys.where}: {name}.{key} {value[key]!r} is not supported: only default (unscaled)"
                 )

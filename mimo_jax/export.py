@@ -65,7 +65,7 @@ def write_tensors(
     shards: list[list[OutputTensor]] = []
     size = 0
     for tensor in tensors:
-        if not shards or size + tensor.nbytes > shard_bytes:
+        if not shards or (tensor.nbytes and size + tensor.nbytes > shard_bytes):
             shards.append([])
             size = 0
         shards[-1].append(tensor)

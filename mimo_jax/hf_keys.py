@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class Keys:
         """A required finite number, above one bound and at most another."""
         value = self.get(key)
         good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not math.isfinite(value) or not above < value <= at_most:
+        if not good or not abs(value) <= sys.float_info.max or not above < value <= at_most:
             bound = "" if at_most == math.inf else f" and at most {at_most:g}"
             raise self._wrong(key, f"a number above {above:g}{bound}")
         return float(value)
