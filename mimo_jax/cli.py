@@ -61,10 +61,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def _positives(text: str) -> list[int]:
+    return [_positive(part.strip()) for part in text.split(",") if part.strip()]
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -223,6 +226,7 @@ def _bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--runs", type=_positive, default=5, metavar="N")
     parser.add_argument(
         "--contexts",
+        type=_positives,
         default="1024,4096,16384,65536,131072",
         metavar="N,N,...",
         help="contexts at which one round is timed with filled caches; empty for none",

@@ -46,6 +46,10 @@ def generate(arguments: argparse.Namespace) -> None:
         ignore_eos=arguments.ignore_eos,
     )
     asked = _prompts(arguments)
+    if any(_shape(prompt) != "ids" for prompt in asked) and arguments.model.is_dir():
+        tokenizer = arguments.model / "tokenizer.json"
+        if (arguments.model / "config.json").exists() and not tokenizer.exists():
+            raise ValueError(f"{tokenizer}: no such file; give --prompt-ids, or a checkpoint with a tokenizer")
     generator = _load(arguments)
     prompts = [_rendered(generator, prompt, not arguments.no_thinking) for prompt in asked]
     completions = generator.completions(prompts)
@@ -93,29 +97,29 @@ def synthesize(arguments: argparse.Namespace) -> None:
 
 def score(arguments: argparse.Namespace) -> None:
     """`mimo-jax score`."""
-    ids = _read_ids(arguments.ids)
+    ids, out = _read_ids(arguments.ids), _out(arguments.out)
     arguments.drafter = "none"
     model = _load(arguments).model
-    save_file(score_ids(model, ids, chunk=arguments.chunk, hidden_states=arguments.hidden_states), _out(arguments.out))
+    save_file(score_ids(model, ids, chunk=arguments.chunk, hidden_states=arguments.hidden_states), out)
 
 
 def score_draft(arguments: argparse.Namespace) -> None:
     """`mimo-jax score-draft`."""
-    given = _read_safetensors(arguments.features, "features", "anchors")
+    given, out = _read_safetensors(arguments.features, "features", "anchors"), _out(arguments.out)
     model = _load(arguments).model
     scored = score_blocks(model, given["features"], given["anchors"], given.get("positions"))
-    save_file(scored, _out(arguments.out))
+    save_file(scored, out)
 
 
 def bench(arguments: argparse.Namespace) -> None:
     """`mimo-jax bench decode`."""
-    contexts = [int(c) for c in arguments.contexts.split(",") if c.strip()]
+    out = _out(arguments.json) if arguments.json else None
     model = _load(arguments).model
     wanted = {"batch": arguments.batch, "runs": arguments.runs}
     tokens = {"prompt_tokens": arguments.prompt_tokens, "new_tokens": arguments.new_tokens}
     block = model.drafter_config.block_size if model.drafter_config else 1
     decoded = [bench_decode(model, verify_length=v, **wanted, **tokens) for v in dict.fromkeys((1, block))]
-    timed = [bench_context(model, context=c, **wanted) for c in contexts]
+    timed = [bench_context(model, context=c, **wanted) for c in arguments.contexts]
     machine = _machine()
     console = _console()
     console.print(
@@ -124,9 +128,9 @@ def bench(arguments: argparse.Namespace) -> None:
     console.print(_decode_table(decoded))
     if timed:
         console.print(_context_table(timed, model))
-    if arguments.json:
+    if out:
         results = {"machine": machine, "command": sys.argv, "decode": as_json(decoded), "context": as_json(timed)}
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def _console() -> Console:
@@ -157,39 +161,65 @@ def _bias(text: str) -> tuple[int, float]:
 
 
 def _prompts(arguments: argparse.Namespace) -> list[Any]:
-    """Strings, lists of ids, or lists of chat messages."""
+    """Strings, lists of ids, or lists of chat messages; their shapes are checked before anything is loaded."""
     if arguments.prompt:
         return arguments.prompt
     if arguments.prompt_ids:
-        return [_json(text, "--prompt-ids") for text in arguments.prompt_ids]
+        return [_shaped(_json(text, "--prompt-ids"), "--prompt-ids", "ids") for text in arguments.prompt_ids]
     if arguments.chat:
-        text = sys.stdin.read() if arguments.chat == "-" else Path(arguments.chat).read_text(encoding="utf-8")
-        return [_json(text, arguments.chat)]
+        text = sys.stdin.read() if arguments.chat == "-" else _text(Path(arguments.chat))
+        return [_shaped(_json(text, f"--chat {arguments.chat}"), f"--chat {arguments.chat}", "chat")]
     if arguments.prompt_file:
-        lines = arguments.prompt_file.read_text(encoding="utf-8").splitlines()
-        if arguments.prompt_file.suffix == ".jsonl":
-            return [_json(line, f"{arguments.prompt_file}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
-        return [line for line in lines if line]
+        path, lines = arguments.prompt_file, _text(arguments.prompt_file).splitlines()
+        numbered = [(f"{path}:{i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+        if not numbered:
+            raise ValueError(f"{path}: holds no prompt")
+        if path.suffix == ".jsonl":
+            return [_shaped(_json(line, where), where, "text", "ids", "chat") for where, line in numbered]
+        return [line for _, line in numbered]
     if sys.stdin.isatty():
         raise ValueError("no prompt: give --prompt TEXT, --prompt-file, --chat or --prompt-ids, or pipe text in")
     return [sys.stdin.read()]
 
 
-def _rendered(generator: Generator, prompt: Any, thinking: bool) -> Prompt:
+_SHAPES = {"text": "a string", "ids": "a list of token ids", "chat": "a list of chat messages"}
+
+
+def _shape(prompt: Any) -> str | None:
     match prompt:
         case str():
-            return prompt
-        case [int(), *_] if all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
-            return prompt
-        case [dict(), *_]:
-            return generator.tokenizer.encode_chat(prompt, enable_thinking=None if thinking else False)
-    raise ValueError(f"a prompt must be a string, a list of token ids or a list of chat messages, not {prompt!r:.80}")
+            return "text"
+        case [int(), *_] if all(type(i) is int for i in prompt):
+            return "ids"
+        case [dict(), *_] if all(isinstance(m, dict) for m in prompt):
+            return "chat"
+    return None
+
+
+def _shaped(prompt: Any, where: str, *allowed: str) -> Any:
+    if _shape(prompt) not in allowed:
+        wanted = " or ".join(_SHAPES[name] for name in allowed)
+        raise ValueError(f"{where}: a prompt must be {wanted}, not {prompt!r:.80}")
+    return prompt
+
+
+def _rendered(generator: Generator, prompt: Any, thinking: bool) -> Prompt:
+    if _shape(prompt) == "chat":
+        return generator.tokenizer.encode_chat(prompt, enable_thinking=None if thinking else False)
+    return prompt
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
 
 
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
 
 
@@ -222,7 +252,7 @@ def _statistics(stats: DecodeStats, generator: Generator) -> str:
 def _read_ids(path: Path) -> np.ndarray:
     if path.suffix == ".safetensors":
         return _read_safetensors(path, "input_ids")["input_ids"]
-    rows = _json(path.read_text(encoding="utf-8"), str(path))
+    rows = _json(_text(path), str(path))
     rows = rows if rows and isinstance(rows, list) and isinstance(rows[0], list) else [rows]
     whole = all(isinstance(row, list) and row and all(type(i) is int for i in row) for row in rows)
     if not whole or len({len(row) for row in rows}) != 1:

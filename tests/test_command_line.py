@@ -1,5 +1,6 @@
 """The command as a person meets it: text out, files out, and one clear line for what cannot be done."""
 
+import io
 import json
 import shutil
 
@@ -87,10 +88,12 @@ BAD = [
     (("--prompt", "a", "--verify-length", "9"), "verify_length"),
     (("--prompt", "a", "--drafter", "/no/such"), "no such drafter folder"),
     (("--prompt-file", "/no/such"), "/no/such"),
+    (("--prompt-ids", '"text"'), "--prompt-ids"),
+    (("--prompt-ids", "[" * 100_000), "not JSON"),
 ]
 
 
-@pytest.mark.parametrize(("options", "named"), BAD, ids=[" ".join(b[0]) for b in BAD])
+@pytest.mark.parametrize(("options", "named"), BAD, ids=[" ".join(b[0])[:60] for b in BAD])
 def test_bad_requests_get_one_clear_line(checkpoint, capsys, options, named):
     code, out, err = run(capsys, "generate", "--model", checkpoint, *options)
     assert code == 2
@@ -106,6 +109,31 @@ def test_images_are_refused(checkpoint, capsys, tmp_path):
     code, _, err = run(capsys, "generate", "--model", checkpoint, "--chat", chat)
     assert code == 2
     assert "image" in err
+
+
+def test_outputs_are_checked_before_anything_is_loaded(checkpoint, capsys, tmp_path):
+    (tmp_path / "ids.json").write_text("[[1, 2], [3]]")
+    common = ("score", "--model", checkpoint, "--ids", tmp_path / "ids.json", "--out")
+    code, _, err = run(capsys, *common, tmp_path / "out.safetensors")
+    assert code == 2
+    assert "of one length" in err
+    (tmp_path / "ids.json").write_text("[1, 2]")
+    code, _, err = run(capsys, *common, tmp_path / "none" / "out.safetensors")
+    assert code == 2
+    assert "does not exist" in err
+
+
+def test_prompts_come_from_files_and_stdin(checkpoint, capsys, tmp_path, monkeypatch):
+    lines = ["plain text", [1, 2, 3], [{"role": "user", "content": "hi"}]]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = ("--max-new-tokens", 3, "--json")
+    code, out, _ = run(capsys, "generate", "--model", checkpoint, "--prompt-file", tmp_path / "p.jsonl", *options)
+    assert code == 0
+    assert len(out.splitlines()) == 4
+    monkeypatch.setattr("sys.stdin", io.StringIO("plain text"))
+    code, piped, _ = run(capsys, "generate", "--model", checkpoint, *options)
+    assert code == 0
+    assert json.loads(piped.splitlines()[0])["token_ids"] == json.loads(out.splitlines()[0])["token_ids"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing file", "no config", "drafter of another size"])
@@ -125,7 +153,9 @@ def test_damaged_checkpoints_get_one_clear_line(checkpoint, capsys, tmp_path, da
     code, out, err = run(capsys, "generate", "--model", folder, "--prompt", "a")
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
-    assert {"no config": "config.json", "drafter of another size": "hidden_size"}.get(damage, weights.name) in err
+    names = {"no config": "config.json", "drafter of another size": "hidden_size"}
+    named = names.get(damage, weights.name)
+    assert named in err
 
 
 def test_debug_shows_the_traceback(capsys, tmp_path):

@@ -30,7 +30,7 @@ def score(
     Raises:
         ValueError: The ids are not a matrix, are outside the vocabulary, or are longer than the context.
     """
-    if ids.ndim != 2 or ids.shape[1] == 0 or not np.issubdtype(ids.dtype, np.integer):
+    if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"ids must be an integer matrix [batch, positions], not {ids.dtype} {list(ids.shape)}")
     config, (batch, positions) = model.config, ids.shape
     if positions > config.max_positions:
@@ -103,9 +103,10 @@ def score_draft(
         raise ValueError(f"features must be [batch, context, {width}], not {list(features.shape)}")
     batch, context = features.shape[:2]
     positions = np.full(batch, context) if positions is None else positions
-    if anchors.shape != (batch,) or positions.shape != (batch,):
+    whole = all(np.issubdtype(a.dtype, np.integer) for a in (anchors, positions))
+    if batch == 0 or not whole or anchors.shape != (batch,) or positions.shape != (batch,):
         raise ValueError(
-            f"anchors and positions must be [{batch}], one a row of features, "
+            f"anchors and positions must be integers [{batch}], one a row of features, "
             f"not {list(anchors.shape)} and {list(positions.shape)}"
         )
     if positions.min() < 0 or positions.max() > context:
