@@ -81,8 +81,8 @@ def synthesize(
     drafter = DrafterConfig.from_hf(preset.drafter) if preset.drafter is not None else None
     if drafter is not None:
         drafter.check_fits(config)
-    backbone_tensors = list(_Backbone(config, preset, seed).tensors())
-    drafter_tensors = list(_drafter(drafter, _Values(seed, "dflash/"))) if drafter else []
+    backbone_tensors = list(backbone_outputs(config, preset, seed))
+    drafter_tensors = list(drafter_outputs(drafter, seed)) if drafter else []
     _check_room(out, sum(t.nbytes for t in (*backbone_tensors, *drafter_tensors)))
 
     def reporter(component: str, tensors: list[OutputTensor]) -> Callable[[int], None]:
@@ -123,6 +123,11 @@ def synthesize(
             mask = _Values(seed, "mask").normal("mask_embedding", (config.hidden_size,), 1.0)
             vector = np.concatenate(list(mask.produce()))
             write_mask_embedding(folder / "dflash" / "mask_embedding.pt", drafter.mask_token_id, vector)
+
+
+def backbone_outputs(config: BackboneConfig, preset: Preset, seed: int) -> Iterator[OutputTensor]:
+    """The tensors of a preset's backbone folder; values are made when they are written."""
+    return _Backbone(config, preset, seed).tensors()
 
 
 class _Values:
@@ -299,7 +304,9 @@ class _Backbone:
         yield from self._dense(f"{prefix}mlp.")
 
 
-def _drafter(config: DrafterConfig, values: _Values) -> Iterator[OutputTensor]:
+def drafter_outputs(config: DrafterConfig, seed: int) -> Iterator[OutputTensor]:
+    """The tensors of a drafter's folder; values are made when they are written."""
+    values = _Values(seed, "dflash/")
     hidden, inner, attention = config.hidden_size, config.intermediate, config.attention
 
     def norm(name: str, length: int = hidden) -> OutputTensor:

@@ -14,7 +14,7 @@ from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig
 from mimo_jax.presets import PRESETS, Preset
 from mimo_jax.quantization import FP8BlockWeight, MXFP4Weight, dequantize
 from mimo_jax.safetensors_reader import CheckpointError
-from mimo_jax.synthesize import _Backbone, _drafter, _Values, synthesize
+from mimo_jax.synthesize import backbone_outputs, drafter_outputs, synthesize
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.torch_sidecar import read_mask_embedding
 from tests.checkpoint_files import MICRO, assert_same, declared_backbone, declared_drafter, read_tensors
@@ -30,10 +30,10 @@ def tiny(tmp_path_factory):
 def outputs(name):
     """What would be written, by name; nothing is made."""
     preset = PRESETS[name]
-    backbone = {t.name: t for t in _Backbone(BackboneConfig.from_hf(preset.backbone), preset, 0).tensors()}
+    backbone = {t.name: t for t in backbone_outputs(BackboneConfig.from_hf(preset.backbone), preset, 0)}
     drafter = {}
     if preset.drafter is not None:
-        drafter = {t.name: t for t in _drafter(DrafterConfig.from_hf(preset.drafter), _Values(0))}
+        drafter = {t.name: t for t in drafter_outputs(DrafterConfig.from_hf(preset.drafter), 0)}
     return backbone, drafter
 
 
