@@ -16,7 +16,6 @@ from mimo_jax.drafter import Drafter
 from mimo_jax.export import OutputTensor, write_json, write_tensors
 from mimo_jax.params import Declared, Params
 from mimo_jax.presets import PRESETS, Preset
-from mimo_jax.safetensors_reader import CheckpointFolder
 
 MICRO = Preset(
     PRESETS["tiny"].backbone
@@ -135,8 +134,3 @@ def assert_same(one: Params, other: Params) -> None:
         a, b = np.asarray(a), np.asarray(b)
         assert a.dtype == b.dtype, path
         np.testing.assert_array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8), err_msg=str(path))
-
-
-def stored(folder: Path) -> set[str]:
-    """Names of a folder's tensors."""
-    return set(CheckpointFolder(folder).tensors)
