@@ -649,7 +649,7 @@ def test_drafter_damage(drafter, name):
 
 @pytest.mark.slow
 def test_the_release_is_proven_without_reading_it(tmp_path):
-    """All 319,000 tensors of the release in sparse files: 564 GB that take no room."""
+    """All 160,000 tensors of the release in sparse files: 564 GB that take no room."""
     preset = PRESETS["mimo-v2.5-pro"]
     config = BackboneConfig.from_hf(preset.backbone)
     weight_map, header, number, end = {}, {}, 0, 0
