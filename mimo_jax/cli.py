@@ -38,10 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compilation_cache() -> None:
-    """Keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where or it is empty."""
+    """Keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where or it is empty.
+
+    Not on a CPU: XLA:CPU has crashed on reading its own executables back, and they take seconds to make anew.
+    """
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.default_backend() != "cpu":
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "mimo-jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
