@@ -4,11 +4,13 @@ from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig
 from mimo_jax.generate import Completion, Generator
 from mimo_jax.model import LoadOptions, Model, load_model
 from mimo_jax.request import SamplingParams
+from mimo_jax.session import Decoding
 
 __all__ = [
     "BackboneConfig",
     "Completion",
     "ConfigError",
+    "Decoding",
     "DrafterConfig",
     "Generator",
     "LoadOptions",

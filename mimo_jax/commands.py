@@ -5,6 +5,8 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -23,7 +25,10 @@ from mimo_jax.evaluation.score import score_draft as score_blocks
 from mimo_jax.generate import Completion, Generator, Prompt
 from mimo_jax.inspection import describe, report
 from mimo_jax.model import Model
+from mimo_jax.progress import loading_bar
+from mimo_jax.quantize import quantize_checkpoint
 from mimo_jax.request import SamplingParams
+from mimo_jax.session import Decoding
 from mimo_jax.stats import DecodeStats
 from mimo_jax.synthesize import synthesize as write_synthetic
 
@@ -55,12 +60,9 @@ def generate(arguments: argparse.Namespace) -> None:
     completions = generator.completions(prompts)
     alone = len(prompts) == 1 and not arguments.json
     pieces = generator.stream_batch(
-        prompts,
+        completions,
         params,
-        completions=completions,
-        verify_length=arguments.verify_length,
-        rounds_per_dispatch=arguments.rounds_per_dispatch,
-        sampled_drafts=arguments.sampled_drafts,
+        decoding=Decoding(arguments.verify_length, arguments.rounds_per_dispatch, arguments.sampled_drafts),
     )
     for piece in pieces:
         if alone:
@@ -95,19 +97,36 @@ def synthesize(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.out}", file=sys.stderr)
 
 
+def quantize(arguments: argparse.Namespace) -> None:
+    """`mimo-jax quantize`."""
+    with loading_bar() as report:
+        quantize_checkpoint(
+            arguments.model,
+            arguments.out,
+            linears=arguments.linears,
+            qkv_layout=arguments.qkv_layout,
+            overwrite=arguments.overwrite,
+            progress=report,
+        )
+    print(f"wrote {arguments.out}", file=sys.stderr)
+
+
 def score(arguments: argparse.Namespace) -> None:
     """`mimo-jax score`."""
     ids, out = _read_ids(arguments.ids), _out(arguments.out)
     arguments.drafter = "none"
     model = _load(arguments).model
-    save_file(score_ids(model, ids, chunk=arguments.chunk, hidden_states=arguments.hidden_states), out)
+    with _naming(arguments.ids):
+        scored = score_ids(model, ids, chunk=arguments.chunk, hidden_states=arguments.hidden_states)
+    save_file(scored, out)
 
 
 def score_draft(arguments: argparse.Namespace) -> None:
     """`mimo-jax score-draft`."""
     given, out = _read_safetensors(arguments.features, "features", "anchors"), _out(arguments.out)
     model = _load(arguments).model
-    scored = score_blocks(model, given["features"], given["anchors"], given.get("positions"))
+    with _naming(arguments.features):
+        scored = score_blocks(model, given["features"], given["anchors"], given.get("positions"))
     save_file(scored, out)
 
 
@@ -249,9 +268,18 @@ def _statistics(stats: DecodeStats, generator: Generator) -> str:
     return "[" + ", ".join(parts) + "]"
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What cannot be done with a file's contents is said with its name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def _read_ids(path: Path) -> np.ndarray:
     if path.suffix == ".safetensors":
-        return _read_safetensors(path, "input_ids")["input_ids"]
+        return np.atleast_2d(_read_safetensors(path, "input_ids")["input_ids"])
     rows = _json(_text(path), str(path))
     rows = rows if rows and isinstance(rows, list) and isinstance(rows[0], list) else [rows]
     whole = all(isinstance(row, list) and row and all(type(i) is int for i in row) for row in rows)

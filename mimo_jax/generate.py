@@ -13,7 +13,7 @@ from typing import Any, Literal
 from mimo_jax.model import LoadOptions, Model, load_model
 from mimo_jax.progress import loading_bar
 from mimo_jax.request import SamplingParams
-from mimo_jax.session import Session, Step, check_lengths
+from mimo_jax.session import Decoding, Session, Step
 from mimo_jax.stats import DecodeStats
 from mimo_jax.tokenizer import StopStrings, StreamDecoder, Tokenizer
 
@@ -75,32 +75,52 @@ class Generator:
         with loading_bar(progress) as report:
             return cls(load_model(Path(folder), LoadOptions(**options), report))
 
-    def generate(self, prompt: Prompt, params: SamplingParams | None = None, **settings: Any) -> Completion:
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        decoding: Decoding = Decoding(),
+        **settings: Any,
+    ) -> Completion:
         """Answer one prompt. Settings are fields of `SamplingParams`, on top of `params`."""
-        return self.generate_batch([prompt], [_params(params, settings)])[0]
+        return self.generate_batch([prompt], _params(params, settings), decoding=decoding)[0]
 
     def generate_batch(
         self,
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams] | SamplingParams | None = None,
-        **decoding: Any,
+        *,
+        decoding: Decoding = Decoding(),
     ) -> list[Completion]:
-        """Answer prompts as one batch. `decoding` as in `stream_batch`."""
+        """Answer prompts as one batch, with settings for each or for all."""
         completions = self.completions(prompts)
-        for _ in self.stream_batch(prompts, params, completions=completions, **decoding):
+        for _ in self.stream_batch(completions, params, decoding=decoding):
             pass
         return completions
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **settings: Any) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        decoding: Decoding = Decoding(),
+        **settings: Any,
+    ) -> Iterator[str]:
         """Answer one prompt, yielding text as soon as it is certain."""
-        for piece in self.stream_batch([prompt], [_params(params, settings)]):
-            yield piece.text
+        completions = self.completions([prompt])
+        return (p.text for p in self.stream_batch(completions, _params(params, settings), decoding=decoding))
 
     def chat(
-        self, messages: Sequence[dict[str, Any]], params: SamplingParams | None = None, **settings: Any
+        self,
+        messages: Sequence[dict[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        decoding: Decoding = Decoding(),
+        **settings: Any,
     ) -> Completion:
         """Answer a conversation rendered with the model's chat template."""
-        return self.generate(self.tokenizer.encode_chat(messages), params, **settings)
+        return self.generate(self.tokenizer.encode_chat(messages), params, decoding=decoding, **settings)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -119,38 +139,27 @@ class Generator:
 
     def stream_batch(
         self,
-        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
         params: Sequence[SamplingParams] | SamplingParams | None = None,
         *,
-        completions: list[Completion] | None = None,
-        verify_length: int | None = None,
-        rounds_per_dispatch: int = 8,
-        sampled_drafts: bool = False,
+        decoding: Decoding = Decoding(),
     ) -> Iterator[Piece]:
-        """Answer prompts as one batch, yielding each row's text as soon as it is certain.
+        """Fill empty completions as one batch, yielding each row's text as soon as it is certain.
 
         Args:
-            prompts: Text or token ids, one a row.
+            completions: What `completions(prompts)` gave, one a row.
             params: Settings, one a row or one for all.
-            completions: What `completions(prompts)` gave: filled while iterating.
-            verify_length: Rows verified a round (see `Session`); 1 decodes without drafts.
-            rounds_per_dispatch: Rounds the device runs before text is looked at.
-            sampled_drafts: Draw drafts instead of taking the best (see `speculative.decode`).
+            decoding: How to decode them.
 
         Raises:
             ValueError: Something asked for cannot be done; raised before any memory is taken.
         """
-        rows = completions if completions is not None else self.completions(prompts)
-        settings = [params or SamplingParams()] * len(rows) if not isinstance(params, Sequence) else list(params)
-        if len(settings) != len(rows):
-            raise ValueError(f"{len(rows)} prompts but {len(settings)} settings: give one a prompt, or one for all")
-        ids = [c.prompt_ids for c in rows]
-        check_lengths(self.model.config, ids, settings)
-        session = Session(
-            self.model, ids, settings, verify_length=verify_length, rounds=rounds_per_dispatch,
-            sampled_drafts=sampled_drafts,
-        )  # fmt: skip
-        readers = [_Reader(c, p, self.model) for c, p in zip(rows, settings, strict=True)]
+        count = len(completions)
+        settings = [params or SamplingParams()] * count if not isinstance(params, Sequence) else list(params)
+        if len(settings) != count:
+            raise ValueError(f"{count} prompts but {len(settings)} settings: give one a prompt, or one for all")
+        readers = [_Reader(c, p, self.model) for c, p in zip(completions, settings, strict=True)]
+        session = Session(self.model, [c.prompt_ids for c in completions], settings, decoding)
         timing = Timing(compile=session.compile_seconds)
         step = session.prefill()
         self.timing = timing = replace(timing, prefill=step.seconds)

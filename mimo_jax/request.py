@@ -70,6 +70,26 @@ _LIMITS: dict[str, tuple[float, float]] = {
 }
 
 
+def check_requests(
+    prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], vocab_size: int, max_positions: int
+) -> None:
+    """Raise `ValueError` unless every prompt has known tokens and fits the context with what is asked for."""
+    if not prompts:
+        raise ValueError("no prompts given")
+    for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+        name = "the prompt" if len(prompts) == 1 else f"prompt {i}"
+        if not prompt:
+            raise ValueError(f"{name} is empty: there must be at least one token to continue")
+        if len(prompt) + p.max_new_tokens > max_positions:
+            raise ValueError(
+                f"{name} has {len(prompt)} tokens and asks for {p.max_new_tokens} new ones, "
+                f"more than the model's context of {max_positions}; shorten it or lower max_new_tokens"
+            )
+        check_ids(prompt, vocab_size, name)
+        check_ids(p.stop_token_ids, vocab_size, f"stop_token_ids of {name}")
+        check_ids(tuple(p.logit_bias), vocab_size, f"logit_bias of {name}")
+
+
 def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
     """Raise `ValueError` unless all ids are in the vocabulary."""
     wrong = [i for i in ids if not 0 <= i < vocab_size]
@@ -88,13 +108,8 @@ def batch_requests(
         eos_ids: The model's end-of-text tokens, which end every request that does not ignore them.
         vocab_size: Of the model's logits.
 
-    Raises:
-        ValueError: An id in a prompt, a stop list or a logit bias is outside the vocabulary.
+    Ids must be in the vocabulary (`check_requests`).
     """
-    for prompt, p in zip(prompts, params, strict=True):
-        check_ids(prompt, vocab_size, "prompt")
-        check_ids(p.stop_token_ids, vocab_size, "stop_token_ids")
-        check_ids(tuple(p.logit_bias), vocab_size, "logit_bias")
     stops = [sorted({*p.stop_token_ids, *(() if p.ignore_eos else eos_ids)}) for p in params]
     biases = [sorted(p.logit_bias.items()) for p in params]
     seen = np.zeros((len(prompts), vocab_size), bool)
@@ -117,11 +132,11 @@ def batch_requests(
         bias=_padded([[v for _, v in b] for b in biases], 0.0, "float32"),
         prompt_seen=jnp.asarray(seen),
     )
-    return Requests(sampling, _padded(stops, -1, "int32"), column("max_new_tokens", "int32"))
+    return Requests(sampling, _padded(stops, -1, "int32", least=4), column("max_new_tokens", "int32"))
 
 
-def _padded(rows: Sequence[Sequence[float]], filler: float, dtype: str) -> jnp.ndarray:
-    """Rows of unequal length as one array; its width is 0 or a power of two, so that few widths are ever compiled."""
-    longest = max(map(len, rows), default=0)
+def _padded(rows: Sequence[Sequence[float]], filler: float, dtype: str, least: int = 0) -> jnp.ndarray:
+    """Rows of unequal length as one array; its width is `least` or a power of two: few widths are ever compiled."""
+    longest = max(least, max(map(len, rows), default=0))
     width = 0 if longest == 0 else 1 << (longest - 1).bit_length()
     return jnp.asarray(np.array([[*row, *[filler] * (width - len(row))] for row in rows], dtype))

@@ -9,13 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax.cache import backbone_cache, drafter_ring
-from mimo_jax.config import BackboneConfig
 from mimo_jax.model import Model
-from mimo_jax.request import SamplingParams, batch_requests
+from mimo_jax.request import SamplingParams, batch_requests, check_requests
 from mimo_jax.speculative import DecodeState, Rounds, decode, empty_state, prefill
 
 MAX_CHUNK = 512
 """Prompt tokens a row at a time."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a batch is decoded. Only `sampled_drafts` can change tokens, and not their law."""
+
+    verify_length: int | None = None
+    """Rows the backbone verifies a round, 1 (plain decoding) to the drafter's block size. Default: the whole block."""
+    rounds_per_dispatch: int = 8
+    """Rounds the device runs before the host looks at their tokens."""
+    sampled_drafts: bool = False
+    """Draw drafts instead of taking the best (see `speculative.decode`)."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +47,7 @@ class Session:
         model: A loaded model.
         prompts: Token ids, one list a row, none empty.
         params: Settings, one a row.
-        verify_length: Rows the backbone verifies a round, 1 (plain decoding) to the drafter's block size.
-            Default: the whole block, 1 without a drafter.
-        rounds: Rounds a dispatch.
-        sampled_drafts: Draw drafts instead of taking the best (see `speculative.decode`).
+        decoding: How to decode them.
 
     Raises:
         ValueError: A prompt is empty or too long, ids are outside the vocabulary, or there is no drafter to verify.
@@ -50,15 +58,12 @@ class Session:
         model: Model,
         prompts: Sequence[Sequence[int]],
         params: Sequence[SamplingParams],
-        *,
-        verify_length: int | None = None,
-        rounds: int = 8,
-        sampled_drafts: bool = False,
+        decoding: Decoding = Decoding(),
     ):
         config = model.config
-        check_lengths(config, prompts, params)
+        check_requests(prompts, params, config.vocab_size, config.max_positions)
         block = model.drafter_config.block_size if model.drafter_config else 1
-        self.verify_length = block if verify_length is None else verify_length
+        self.verify_length = block if decoding.verify_length is None else decoding.verify_length
         if not 1 <= self.verify_length <= block:
             limit = f"1 to {block}, the drafter's block" if block > 1 else "1: this model has no drafter"
             raise ValueError(f"verify_length must be {limit}, not {self.verify_length}")
@@ -70,7 +75,11 @@ class Session:
         self.capacity = max(256, 1 << (grown - 1).bit_length())
         self._chunk = min(MAX_CHUNK, max(16, 1 << (longest - 1).bit_length()))
         self._state = self._empty(block)
-        statics = {"rounds": rounds, "verify_length": self.verify_length, "sampled_drafts": sampled_drafts}
+        statics = {
+            "rounds": decoding.rounds_per_dispatch,
+            "verify_length": self.verify_length,
+            "sampled_drafts": decoding.sampled_drafts,
+        }
         start = time.perf_counter()
         self._prefill = model.compiled(prefill, (self._state, self._requests, *self._chunk_at(0)), {})
         self._decode = model.compiled(decode, (self._state, self._requests), statics)
@@ -123,18 +132,3 @@ class Session:
         going = self.active.copy()
         going[list(rows)] = False
         self._state = replace(self._state, active=jnp.asarray(going))
-
-
-def check_lengths(config: BackboneConfig, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> None:
-    """Raise `ValueError` unless every prompt has tokens and fits the context with what it asks for."""
-    if not prompts:
-        raise ValueError("no prompts given")
-    for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
-        name = "the prompt" if len(prompts) == 1 else f"prompt {i}"
-        if not prompt:
-            raise ValueError(f"{name} is empty: there must be at least one token to continue")
-        if len(prompt) + p.max_new_tokens > config.max_positions:
-            raise ValueError(
-                f"{name} has {len(prompt)} tokens and asks for {p.max_new_tokens} new ones, "
-                f"more than the model's context of {config.max_positions}; shorten it or lower max_new_tokens"
-            )

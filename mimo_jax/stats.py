@@ -1,9 +1,8 @@
 """What decoding did, in the terms people compare: tokens, rounds, accepted length, acceptance per position."""
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
-
-import numpy as np
 
 
 @dataclass
@@ -17,8 +16,8 @@ class DecodeStats:
     """Of these, tokens that rounds emitted."""
     rounds: int = 0
     """Rounds a request took part in while unfinished."""
-    accepted_at: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """[verify_length - 1]: rounds in which the draft at each position stood, before any cut."""
+    accepted_at: list[int] = field(default_factory=list)
+    """For each of verify_length - 1 positions: rounds in which the draft there stood, before any cut."""
 
     @property
     def accepted_length(self) -> float:
@@ -28,26 +27,23 @@ class DecodeStats:
     @property
     def acceptance(self) -> list[float]:
         """Share of rounds in which the draft at each position stood."""
-        return (self.accepted_at / max(1, self.rounds)).tolist()
+        return [n / self.rounds for n in self.accepted_at]
 
     def add_round(self, accepted: int, emitted: int, verify_length: int) -> None:
         """Count one round that accepted and emitted so many."""
-        if self.accepted_at.size < verify_length - 1:
-            self.accepted_at = np.pad(self.accepted_at, (0, verify_length - 1 - self.accepted_at.size))
         self.rounds += 1
-        self.accepted_at[:accepted] += 1
+        stood = [int(r < accepted) for r in range(verify_length - 1)]
+        self.accepted_at = _added(self.accepted_at, stood)
         self.round_tokens += emitted
         self.new_tokens += emitted
 
     def __add__(self, other: "DecodeStats") -> "DecodeStats":
-        width = max(self.accepted_at.size, other.accepted_at.size)
-        padded = [np.pad(s.accepted_at, (0, width - s.accepted_at.size)) for s in (self, other)]
         return DecodeStats(
             self.prompt_tokens + other.prompt_tokens,
             self.new_tokens + other.new_tokens,
             self.round_tokens + other.round_tokens,
             self.rounds + other.rounds,
-            padded[0] + padded[1],
+            _added(self.accepted_at, other.accepted_at),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -59,3 +55,8 @@ class DecodeStats:
             "accepted_length": round(self.accepted_length, 4),
             "acceptance_per_position": [round(a, 4) for a in self.acceptance],
         }
+
+
+def _added(one: list[int], other: list[int]) -> list[int]:
+    """Sums position by position; the shorter list counts as zero beyond its end."""
+    return [a + b for a, b in zip_longest(one, other, fillvalue=0)]

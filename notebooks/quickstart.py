@@ -20,7 +20,7 @@
 import tempfile
 from pathlib import Path
 
-from mimo_jax import Generator, SamplingParams
+from mimo_jax import Decoding, Generator, SamplingParams
 from mimo_jax.synthesize import synthesize
 
 folder = Path(tempfile.mkdtemp()) / "tiny"
@@ -41,7 +41,7 @@ print(repr(completion.text), completion.stats)
 settings = SamplingParams(max_new_tokens=24, temperature=1.0, top_p=0.95, seed=7, ignore_eos=True)
 print("".join(generator.stream("Once upon a time", settings)))
 alone = generator.generate("Once upon a time", settings)
-plain, other = generator.generate_batch(["Once upon a time", "Two roads"], settings, verify_length=1)
+plain, other = generator.generate_batch(["Once upon a time", "Two roads"], settings, decoding=Decoding(verify_length=1))
 assert plain.token_ids == alone.token_ids
 
 # %% [markdown]

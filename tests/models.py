@@ -1,5 +1,6 @@
 """Small models for tests: the golden ones, and random ones of any shape without a checkpoint."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -82,6 +83,34 @@ def tiny_model(seed: int, dtype="float32", **shape) -> tuple[Models, ModelParams
     models = Models(Declared(lambda: Backbone(config, dtype)), Declared(lambda: Drafter(drafter_config, dtype)))
     assert models.drafter is not None
     return models, ModelParams(random_params(models.backbone, seed, 1.5), random_params(models.drafter, seed + 1))
+
+
+class Oracle(Drafter):
+    """Knows that the backbone of `counting_model` counts: row r drafts the anchor + r, plus `offset`."""
+
+    offset = 0
+
+    def __call__(self, anchor, ring, lengths):
+        size = self.config.hidden_size
+        drafts = jnp.argmax(anchor, axis=-1)[:, None] + jnp.arange(self.config.block_size) + self.offset
+        return jax.nn.one_hot((drafts - 1) % size, size, dtype=anchor.dtype)  # the head adds one
+
+
+def counting_model(vocab: int, offset: int) -> tuple[Models, ModelParams]:
+    """A backbone that follows token t with t + 1, and a drafter that is `offset` beyond: perfect at 0, else wrong.
+
+    The embedding is the identity, layers add nothing, and the head is shifted by one.
+    """
+    config, drafter_config = tiny_configs(vocab=vocab)
+    config, drafter_config = replace(config, hidden_size=vocab), replace(drafter_config, hidden_size=vocab)
+    oracle = type("Oracle", (Oracle,), {"offset": offset})
+    models = Models(Declared(lambda: Backbone(config, "float32")), Declared(lambda: oracle(drafter_config, "float32")))
+    assert models.drafter is not None
+    silent = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), models.backbone.shapes)
+    identity = jnp.eye(vocab)
+    head = jnp.roll(identity, 1, axis=0)
+    params = silent | {"embedding": identity, "lm_head": head, "final_norm": jnp.ones(vocab)}
+    return models, ModelParams(params, random_params(models.drafter, 0))
 
 
 def started(

@@ -1,6 +1,8 @@
 """The drafter: golden blocks of independent references, and the properties its mask must have."""
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +14,56 @@ from mimo_jax.cache import RingKV, drafter_ring
 from mimo_jax.drafter import Drafter
 from mimo_jax.evaluation.score import score_draft
 from mimo_jax.params import Declared
+from mimo_jax.speculative import ModelParams, Models
 from tests.conftest import golden_folders, golden_id
 from tests.models import golden_model, random_params, tiny_configs
 
-GOLDEN = [
-    (folder, name)
-    for folder in golden_folders("dflash_*")
-    for name in sorted({key.split(".")[0] for key in load_file(folder / "block_golden.safetensors")})
-]
+PLAIN = {"sink": False, "visible_keys": None, "value_scale": 1.0, "rotary_dim": 16}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mimo": {},
+    "mimo_no_sinks": {"sink": False},
+    "mimo_no_window": {"visible_keys": None},
+    "mimo_no_vscale": {"value_scale": 1.0},
+    "mimo_full_rotary": {"rotary_dim": 16},
+    "mimo_theta_backbone": {"rope_theta": 5e6},
+    "mimo_causal": {},
+    "mimo_postnorm_last": {},
+    "zlab_plain": PLAIN,
+    "zlab_plain_window": {k: v for k, v in PLAIN.items() if k != "visible_keys"},
+    "sinks_only_full_rotary": {k: v for k, v in PLAIN.items() if k != "sink"},
+}
+"""What each reference run changes in the attention that the drafter's configuration names."""
 
 
-@pytest.mark.parametrize(("folder", "context"), GOLDEN, ids=[f"{golden_id(f)}-{c}" for f, c in GOLDEN])
-@pytest.mark.parametrize("variant", ["mimo", "mimo_theta_backbone", "mimo_postnorm_last"])
-def test_blocks_equal_the_reference(folder, context, variant):
+@pytest.mark.parametrize("folder", golden_folders("dflash_*"), ids=golden_id)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_blocks_equal_the_reference(folder, variant):
     expected = load_file(folder / "block_golden.safetensors")
-    theta = 5e6 if variant == "mimo_theta_backbone" else None
-    model = golden_model(folder / "target", drafter=folder / "drafter_random", draft_rope_theta=theta)
+    model = golden_model(folder / "target", drafter=folder / "drafter_random")
+    config, given = model.drafter_config, model.params.drafter
+    assert config is not None
+    assert given is not None
+    assert config.attention.qk_dim == 16
+    attention = replace(config.attention, **VARIANTS[variant])
+    config = replace(config, attention=attention, block_causal=variant == "mimo_causal")
+    params = {k: v for k, v in given["attention"].items() if attention.sink or k != "sink"}
+    model = replace(
+        model,
+        drafter_config=config,
+        models=Models(model.models.backbone, Declared(lambda: Drafter(config, "float32"))),
+        params=ModelParams(model.params.backbone, given | {"attention": params}),
+    )
     suffix = "_postnorm_last" if variant == "mimo_postnorm_last" else ""
-    features = expected[f"{context}.target_features{suffix}"]
-    got = score_draft(model, features, expected[f"{context}.anchor_token"])
-    np.testing.assert_allclose(got["logits"], expected[f"{context}.{variant}.logits"], atol=2e-5, rtol=0)
-    np.testing.assert_allclose(got["hidden"], expected[f"{context}.{variant}.hidden"], atol=2e-5, rtol=0)
+    contexts = sorted({key.split(".")[0] for key in expected})
+    longest = max(expected[f"{c}.target_features"].shape[1] for c in contexts)
+    for context in contexts:
+        features = expected[f"{context}.target_features{suffix}"]
+        batch, length = features.shape[:2]
+        # one width for all contexts: one compilation; what lies beyond the position is not seen
+        padded = np.pad(features, ((0, 0), (0, longest - length), (0, 0)), constant_values=9.0)
+        got = score_draft(model, padded, expected[f"{context}.anchor_token"], np.full(batch, length))
+        for name in ("logits", "hidden"):
+            np.testing.assert_allclose(got[name], expected[f"{context}.{variant}.{name}"], atol=2e-5, err_msg=context)
 
 
 def _drafter(seed: int, layers: int = 2, window: int | None = 10, block: int = 8, causal: bool = False):
@@ -43,19 +74,24 @@ def _drafter(seed: int, layers: int = 2, window: int | None = 10, block: int = 8
 
 
 def _features(seed: int, config, length: int) -> jax.Array:
-    shape = (1, max(1, length), len(config.target_layer_ids), config.hidden_size)
+    """Features of at least `length` positions; one width for short contexts, so that they share a compilation."""
+    shape = (1, max(48, length), len(config.target_layer_ids), config.hidden_size)
     return jax.random.normal(jax.random.key(seed), shape)
 
 
 def _block(declared, params, features, anchor, position: int, slots: int | None = None) -> np.ndarray:
     """The block at `position`, its context computed by `context` and read from a ring."""
-    drafter = declared.bind(params)
-    start, count = jnp.zeros(1, jnp.int32), jnp.array([position])
-    ring = drafter_ring(drafter.config, 1, max(1, features.shape[1]), "float32")
+    return np.asarray(_filled(declared, params, features, anchor, jnp.array([position]), slots)[0])
+
+
+@partial(jax.jit, static_argnames=("declared", "slots"))
+def _filled(declared, params, features, anchor, count, slots) -> jax.Array:
+    drafter, start = declared.bind(params), jnp.zeros(1, jnp.int32)
+    ring = drafter_ring(drafter.config, 1, features.shape[1], "float32")
     if slots is not None:
         ring = RingKV(ring.k[:, :, :slots], ring.v[:, :, :slots])
     ring = ring.commit(drafter.context(features, start), start, count)
-    return np.asarray(drafter(anchor, ring, count)[0])
+    return drafter(anchor, ring, count)
 
 
 def _dense(declared, params, features, anchor, position: int) -> np.ndarray:

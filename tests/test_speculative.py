@@ -3,19 +3,17 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from mimo_jax.backbone import Backbone, BackboneOutput
-from mimo_jax.drafter import Drafter
 from mimo_jax.layers import array, rms_norm
 from mimo_jax.params import Declared
 from mimo_jax.request import SamplingParams
 from mimo_jax.speculative import ModelParams, Models, decode
 from tests.conftest import golden_folders, golden_id
-from tests.models import decoded, golden_model, random_params, started, tiny_configs, tiny_model
+from tests.models import counting_model, decoded, golden_model, started, tiny_model
 
 PROMPTS = [[5, 9, 2, 33, 7, 1, 12, 40, 8, 3, 21], [17], [4, 4, 50, 6, 28]]
 GREEDY = [SamplingParams(max_new_tokens=24)] * 3
@@ -115,66 +113,20 @@ def test_chunked_prefill_gives_the_same_tokens(plain):
     assert decoded(models, params, PROMPTS, GREEDY, verify_length=8, chunk=4)[0] == plain
 
 
-class Oracle(Drafter):
-    """Drafts `offset` beyond what the backbone is known to pick after each token: right at 0, wrong otherwise."""
-
-    offset = 0
-
-    def __call__(self, anchor, ring, lengths):
-        # the backbone below maps token t to t + 1, and embeds t as row t of the identity
-        token = jnp.argmax(anchor, axis=-1)
-        steps = token[:, None] + jnp.arange(self.config.block_size) + self.offset
-        size = self.config.hidden_size
-        return jax.nn.one_hot(steps % size, size, dtype=anchor.dtype)
-
-
-class WrongOracle(Oracle):
-    """Never right."""
-
-    offset = 3
-
-
-@pytest.mark.parametrize(("oracle", "length"), [(Oracle, 8), (WrongOracle, 1)])
-def test_accepted_length_of_perfect_and_of_wrong_drafters(oracle, length):
-    """A backbone that counts: embedding the identity, layers that add nothing, a head shifted by one."""
-    config, drafter_config = tiny_configs(vocab=32)
-    models = Models(Declared(lambda: Backbone(config, "float32")), Declared(lambda: oracle(drafter_config, "float32")))
-    assert models.drafter is not None
-    silent = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), models.backbone.shapes)
-    identity = jnp.eye(32)
-    params = silent | {"embedding": identity, "lm_head": jnp.roll(identity, 1, axis=0), "final_norm": jnp.ones(32)}
-    # the oracle's rows name the token of their own position, and the head shifts by one: compensate in the head's place
-    drafter = random_params(models.drafter, 0)
-
-    class Shifted(oracle):
-        def __call__(self, anchor, ring, lengths):
-            return jnp.roll(super().__call__(anchor, ring, lengths), -1, axis=-1)
-
-    models = Models(models.backbone, Declared(lambda: Shifted(drafter_config, "float32")))
+@pytest.mark.parametrize(("offset", "length"), [(0, 8), (3, 1)])
+def test_accepted_length_of_perfect_and_of_wrong_drafters(offset, length):
+    models, params = counting_model(32, offset)
     settings = [SamplingParams(max_new_tokens=41)] * 2
-    tokens, lengths = decoded(models, ModelParams(params, drafter), [[3], [9, 10]], settings, verify_length=8)
+    tokens, lengths = decoded(models, params, [[3], [9, 10]], settings, verify_length=8)
     assert tokens == [[(4 + i) % 32 for i in range(41)], [(11 + i) % 32 for i in range(41)]]
     assert all(n == length for row in lengths for n in row)
     assert [len(row) for row in lengths] == [40 // length] * 2
 
 
-@pytest.mark.parametrize("oracle", [Oracle, WrongOracle])
-def test_nothing_is_emitted_after_a_stop_token(oracle):
+@pytest.mark.parametrize("offset", [0, 3])
+def test_nothing_is_emitted_after_a_stop_token(offset):
     """Wherever in an accepted block the stop token falls, the row ends with it; other rows go on."""
-    config, drafter_config = tiny_configs(vocab=32)
-
-    class Shifted(oracle):
-        def __call__(self, anchor, ring, lengths):
-            return jnp.roll(super().__call__(anchor, ring, lengths), -1, axis=-1)
-
-    models = Models(Declared(lambda: Backbone(config, "float32")), Declared(lambda: Shifted(drafter_config, "float32")))
-    assert models.drafter is not None
-    silent = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), models.backbone.shapes)
-    identity = jnp.eye(32)
-    params = ModelParams(
-        silent | {"embedding": identity, "lm_head": jnp.roll(identity, 1, axis=0), "final_norm": jnp.ones(32)},
-        random_params(models.drafter, 0),
-    )
+    models, params = counting_model(32, offset)
     settings = [SamplingParams(max_new_tokens=30, stop_token_ids=(s,)) for s in (6, 7, 13, 20, 31)] + [
         SamplingParams(max_new_tokens=30)
     ]

@@ -13,7 +13,7 @@ import numpy as np
 from mimo_jax.cache import backbone_cache, drafter_ring
 from mimo_jax.model import Model
 from mimo_jax.request import SamplingParams, batch_requests
-from mimo_jax.session import Session
+from mimo_jax.session import Decoding, Session
 from mimo_jax.speculative import DecodeState, ModelParams, Models, Requests, decode, empty_state
 
 
@@ -71,7 +71,7 @@ def bench_decode(
     emitted = rounds = 0
     session = None
     for run in range(runs + 1):
-        session = Session(model, prompts, params, verify_length=verify_length)
+        session = Session(model, prompts, params, Decoding(verify_length))
         compile_seconds = max(compile_seconds, session.compile_seconds)
         first = session.prefill()
         seconds, emitted, rounds = 0.0, 0, 0
