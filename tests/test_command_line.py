@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mimo_jax.cli import main
+from mimo_jax.evaluation.score import score
+from mimo_jax.model import LoadOptions, load_model
 from mimo_jax.synthesize import synthesize
 
 
@@ -63,6 +66,38 @@ def test_score_in_chunks_equals_one_forward(checkpoint, capsys, tmp_path):
     assert load_file(whole)["hidden_states"].shape == (8, 2, 10, 256)
 
 
+RUNS = ["mimo.prenorm.p0", "plain.prenorm.p3"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_generate_equals_a_golden_run(golden_dir, capsys, name):
+    """Drafts, accepted lengths and tokens of an independent implementation, through the command alone."""
+    folder, golden = golden_dir / "dflash_tiny", load_file(golden_dir / "dflash_tiny" / "e2e_golden.safetensors")
+    prompt, tokens, lengths = (golden[f"{name}.{part}"] for part in ("prompt", "tokens", "accept_lengths"))
+    drafter = folder / f"drafter_{name.split('.')[0]}"
+    options = ("--max-new-tokens", tokens.size, "--swa-visible-keys", 8, "--drafter", drafter, "--json", "--trace")
+    given = ("--model", folder / "target", "--prompt-ids", json.dumps(prompt.ravel().tolist()))
+    code, out, _ = run(capsys, "generate", *given, *options)
+    assert code == 0
+    answer = json.loads(out.splitlines()[0])
+    assert answer["token_ids"] == tokens.ravel().tolist()
+    assert answer["accept_lengths"] == lengths.ravel().tolist()
+    assert [r["drafts"] for r in answer["trace"]] == golden[f"{name}.blocks"][:, 1:].tolist()
+
+
+def test_score_equals_the_library(golden_dir, capsys, tmp_path):
+    folder = golden_dir / "dflash_tiny" / "target"
+    flat = np.arange(1, 12)
+    save_file({"input_ids": flat}, tmp_path / "ids.safetensors")
+    out = tmp_path / "out.safetensors"
+    common = ("score", "--model", folder, "--ids", tmp_path / "ids.safetensors", "--out", out)
+    assert run(capsys, *common, "--swa-visible-keys", 8, "--hidden-states", "--chunk", 5)[0] == 0
+    expected = score(load_model(folder, LoadOptions(swa_visible_keys=8)), flat[None], hidden_states=True)
+    written = load_file(out)
+    for name in ("logits", "hidden_states"):
+        np.testing.assert_allclose(written[name], expected[name], atol=2e-5)
+
+
 def test_score_draft_equals_the_golden(golden_dir, capsys, tmp_path):
     folder = golden_dir / "dflash_tiny"
     golden = load_file(folder / "block_golden.safetensors")
@@ -72,6 +107,127 @@ def test_score_draft_equals_the_golden(golden_dir, capsys, tmp_path):
     options = ("--drafter", folder / "drafter_random", "--features", tmp_path / "in.safetensors", "--out", out)
     assert run(capsys, "score-draft", "--model", folder / "target", *options)[0] == 0
     np.testing.assert_allclose(load_file(out)["logits"], golden["ctx12.mimo.logits"], atol=2e-5)
+
+
+def _tensors(path, **arrays):
+    save_file(arrays, path)
+    return path
+
+
+FEATURES = np.zeros((1, 4, 192), np.float32)
+BAD_SCORES = [
+    ("score", {"input_ids": np.array([[1, 500]])}, (), ("in.safetensors", "500 is outside the vocabulary")),
+    ("score", {"input_ids": np.array([[0.5]])}, (), ("in.safetensors", "integer matrix")),
+    ("score", {"tokens": np.array([[1]])}, (), ("in.safetensors", "input_ids")),
+    ("score-draft", {"features": FEATURES, "anchors": np.array([1])}, ("--drafter", "none"), ("no drafter",)),
+    ("score-draft", {"features": FEATURES[..., :64], "anchors": np.array([1])}, (), ("in.safetensors", "192")),
+    ("score-draft", {"features": FEATURES, "anchors": np.array([900])}, (), ("in.safetensors", "anchors", "900")),
+    ("score-draft", {"features": FEATURES}, (), ("in.safetensors", "anchors")),
+    (
+        "score-draft",
+        {"features": FEATURES, "anchors": np.array([1]), "positions": np.array([5])},
+        (),
+        ("in.safetensors", "positions"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "tensors", "options", "said"), BAD_SCORES)
+def test_bad_scores_name_the_file_and_what_is_wrong(golden_dir, capsys, tmp_path, command, tensors, options, said):
+    folder, given = golden_dir / "dflash_tiny", _tensors(tmp_path / "in.safetensors", **tensors)
+    flag = "--ids" if command == "score" else "--features"
+    drafter = () if options or command == "score" else ("--drafter", folder / "drafter_random")
+    out = tmp_path / "out.safetensors"
+    common = (command, "--model", folder / "target", flag, given, "--out", out)
+    code, _, err = run(capsys, *common, *options, *drafter)
+    assert code == 2
+    assert err.startswith("error: ")
+    for part in said:
+        assert part in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("ids.json", "{"), ("ids.json", '{"a": 1}'), ("ids.json", "[[]]"), ("ids.safetensors", "x"), ("ids.json", "\xff")],
+)
+def test_malformed_files_of_ids_are_refused_by_name(checkpoint, capsys, tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    common = ("score", "--model", checkpoint, "--out", tmp_path / "out.safetensors")
+    code, _, err = run(capsys, *common, "--ids", tmp_path / name)
+    assert code == 2
+    assert err.startswith(f"error: {tmp_path / name}: ")
+
+
+CHATS = [
+    ("{", "not JSON"),
+    ('{"role": "user"}', "a list of chat messages"),
+    ("[1, 2]", "a list of chat messages"),
+    ('[{"role": "user"}]', "content"),
+    ('[{"content": "x"}]', "role"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), CHATS)
+def test_malformed_chats_are_refused(checkpoint, capsys, tmp_path, text, said):
+    (tmp_path / "chat.json").write_text(text)
+    code, _, err = run(capsys, "generate", "--model", checkpoint, "--chat", tmp_path / "chat.json")
+    assert code == 2
+    assert err.startswith("error: ")
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("", "no prompt"), ('"a"\n{', ":2: not JSON"), ("7", ":1: a prompt must be")]
+)
+def test_malformed_files_of_prompts_name_the_line(checkpoint, capsys, tmp_path, text, said):
+    (tmp_path / "p.jsonl").write_text(text)
+    code, _, err = run(capsys, "generate", "--model", checkpoint, "--prompt-file", tmp_path / "p.jsonl")
+    assert code == 2
+    assert f"{tmp_path / 'p.jsonl'}" in err
+    assert said in err
+
+
+def test_text_needs_a_tokenizer(golden_dir, capsys):
+    folder = golden_dir / "dflash_tiny" / "target"
+    code, _, err = run(capsys, "generate", "--model", folder, "--prompt", "a")
+    assert code == 2
+    assert "tokenizer.json" in err
+    assert "--prompt-ids" in err
+    code, out, _ = run(capsys, "generate", "--model", folder, "--prompt-ids", "[1, 2]", "--max-new-tokens", 3)
+    assert code == 0
+    assert len(json.loads(out)) == 3
+
+
+def test_synthesize_overwrites_only_if_told(capsys, tmp_path):
+    folder = tmp_path / "model"
+    assert run(capsys, "synthesize", "--preset", "tiny", "--out", folder)[0] == 0
+    before = (folder / "config.json").stat().st_mtime_ns
+    code, _, err = run(capsys, "synthesize", "--preset", "tiny", "--out", folder)
+    assert code == 2
+    assert str(folder) in err
+    assert "overwrite" in err
+    assert (folder / "config.json").stat().st_mtime_ns == before
+    assert run(capsys, "synthesize", "--preset", "tiny", "--out", folder, "--overwrite")[0] == 0
+
+
+COMMANDS = ("generate", "inspect", "synthesize", "score", "score-draft", "bench")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_every_option_is(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: mimo-jax {command}" in capsys.readouterr().out
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    for command in COMMANDS:
+        assert re.search(rf"^ +{command}\b", out, re.MULTILINE)
 
 
 BAD = [
