@@ -148,6 +148,8 @@ class Backbone(nnx.Module):
         def layer(x: jax.Array, i: jax.Array) -> tuple[jax.Array, KV]:
             return layers(x, run.first + i, committed, run.first_in_cache + i, cache.lengths)
 
+        # in training, attention is computed again rather than kept; without gradients this changes nothing
+        layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
         return jax.lax.scan(layer, x, jnp.arange(run.count, dtype=jnp.int32))
 
     def logits(self, hidden: jax.Array) -> jax.Array:

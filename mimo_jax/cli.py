@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run MiMo-V2 models with DFlash speculative decoding from Hugging Face checkpoint folders.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_generate, _inspect, _synthesize, _score, _score_draft, _bench):
+    for add in (_generate, _inspect, _synthesize, _quantize, _score, _score_draft, _bench):
         add(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
@@ -177,6 +177,31 @@ def _synthesize(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--preset", required=True, choices=sorted(PRESETS), help="size and shape")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+
+
+def _quantize(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "quantize",
+        help="write a checkpoint again with MXFP4 experts",
+        description="Quantise the experts of a BF16 or FP8 checkpoint to MXFP4, in the release's layout and without "
+        "calibration. All else is copied, drafter and tokenizer too. Takes little memory, whatever the size.",
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder to read")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="appears when it is complete")
+    parser.add_argument(
+        "--linears",
+        choices=("keep", "fp8"),
+        default="keep",
+        help="keep: plain linears stay as they are (default); fp8: those that are FP8 in the release (q, k, v and "
+        "dense MLPs) become FP8 with 128x128 blocks",
+    )
+    parser.add_argument(
+        "--qkv-layout",
+        choices=("auto", "chunked", "canonical"),
+        default="auto",
+        help="row order of fused qkv weights, where the files do not prove it (default: auto)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
 
 

@@ -99,14 +99,14 @@ def synthesize(arguments: argparse.Namespace) -> None:
 
 def quantize(arguments: argparse.Namespace) -> None:
     """`mimo-jax quantize`."""
-    with loading_bar() as report:
+    with loading_bar() as progress:
         quantize_checkpoint(
             arguments.model,
             arguments.out,
             linears=arguments.linears,
             qkv_layout=arguments.qkv_layout,
             overwrite=arguments.overwrite,
-            progress=report,
+            progress=progress,
         )
     print(f"wrote {arguments.out}", file=sys.stderr)
 

@@ -117,6 +117,14 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+def check_room(out: Path, needed: int) -> None:
+    """Raise `CheckpointError` unless the disk holds this many bytes and a little more."""
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed + needed // 50 + (1 << 20):
+        raise CheckpointError(f"{out}: the checkpoint takes {needed:,} bytes, the disk has {free:,} free")
+
+
 def _write_shard(path: Path, tensors: Sequence[OutputTensor], progress: Callable[[int], None]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -7,7 +7,7 @@ from flax import nnx
 from mimo_jax.config import MoeConfig
 from mimo_jax.layers import array, declare
 from mimo_jax.quantization import MXFP4Weight, dequantize
-from pallas_kernels.expert_mlp import expert_mlp, mxfp4_expert_mlp
+from pallas_kernels.expert_mlp import expert_mlp, mxfp4_expert_mlp, plain_expert_mlp
 
 
 class MoE(nnx.Module):
@@ -40,6 +40,9 @@ class MoE(nnx.Module):
                 x, ids, weights, gate_up.codes, gate_up.scales, down.codes, down.scales, layer=layer
             )
 
+        if isinstance(gate_up, jax.Array):
+            return plain_expert_mlp(x, ids, weights, gate_up, down, layer)
+
         def expert(e: jax.Array) -> tuple[jax.Array, jax.Array]:
             at = jax.tree.map(lambda w: w[layer, e], (gate_up, down))
             return dequantize(at[0], x.dtype), dequantize(at[1], x.dtype)
@@ -70,4 +73,27 @@ def route(logits: jax.Array, correction_bias: jax.Array, config: MoeConfig) -> t
     weights = jnp.take_along_axis(scores, ids, axis=-1)
     if config.normalize and config.top_k > 1:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    return ids, weights * config.scaling
+    return ids, _with_load(weights * config.scaling, correction_bias, ids)
+
+
+@jax.custom_vjp
+def _with_load(weights: jax.Array, correction_bias: jax.Array, ids: jax.Array) -> jax.Array:
+    """The weights as they are. The correction bias moves no weight, so its gradient is free to carry something else:
+    each expert's share of the tokens beyond an even one, which a step against the gradient's sign evens out.
+    """
+    return weights
+
+
+def _load_forward(
+    weights: jax.Array, correction_bias: jax.Array, ids: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return weights, (correction_bias, ids)
+
+
+def _load_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    bias, ids = kept
+    share = jnp.zeros_like(bias).at[ids.reshape(-1)].add(1.0) / ids.size
+    return gradient, share - 1.0 / bias.size, None
+
+
+_with_load.defvjp(_load_forward, _load_backward)

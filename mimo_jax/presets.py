@@ -18,6 +18,30 @@ class Preset:
     """Multi-token-prediction blocks, which the files hold and this project does not use."""
 
 
+def quantization_config(layers: int, store_dtype: str | None) -> dict[str, Any]:
+    """The release's `quantization_config`: FP8 linears but for o_proj.
+
+    Args:
+        layers: Of the backbone.
+        store_dtype: Of the experts: `mxfp4`, or `fp8`, which older releases leave out (None).
+    """
+    fields: dict[str, Any] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "ignored_layers": [
+            *(f"model.layers.{i}.self_attn.o_proj" for i in range(layers)),
+            "model.decoder.self_attn.o_proj",
+        ],
+    }
+    if store_dtype is not None:
+        fields["store_dtype"] = store_dtype
+    if store_dtype == "mxfp4":
+        fields["mxfp4_block_size"] = 32
+    return fields
+
+
 def _backbone(
     *,
     hidden: int,
@@ -31,20 +55,6 @@ def _backbone(
     **more: Any,
 ) -> dict[str, Any]:
     """The fields that the family shares, with the sizes given; `more` adds or replaces fields."""
-    quantization: dict[str, Any] = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
-        "ignored_layers": [
-            *(f"model.layers.{i}.self_attn.o_proj" for i in range(layers)),
-            "model.decoder.self_attn.o_proj",
-        ],
-    }
-    if store_dtype is not None:
-        quantization["store_dtype"] = store_dtype
-    if store_dtype == "mxfp4":
-        quantization["mxfp4_block_size"] = 32
     fields: dict[str, Any] = {
         "architectures": ["MiMoV2ForCausalLM"],
         "model_type": "mimo_v2",
@@ -95,7 +105,7 @@ def _backbone(
         "layernorm_epsilon": 1e-05,
         "initializer_range": 0.02,
         "use_cache": True,
-        "quantization_config": quantization,
+        "quantization_config": quantization_config(layers, store_dtype),
     }
     return fields | more
 

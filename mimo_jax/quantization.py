@@ -3,10 +3,13 @@
 A weight leaf is a plain array [..., out, in] or one of the types here; `dequantize` makes any of them plain.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 
 from pallas_kernels import mxfp4
 
@@ -57,3 +60,32 @@ def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
             return (values.astype(jnp.float32) * tiles[..., :columns]).astype(dtype)
         case _:
             return weight.astype(dtype)
+
+
+def encode_fp8(values: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Encode a weight on the host. Scales are the least powers of two that keep a tile within 448, e4m3's largest.
+
+    A floating-point format gains nothing from finer scales, and with these a weight that was rounded to four
+    significant bits in training is stored as it is (down to 2**-14 of its tile's largest, where e4m3 runs out).
+
+    Args:
+        values: [out, in]; computed in float32.
+        block: Rows and columns of a tile; the last ones may be cut short.
+
+    Returns:
+        values [out, in] float8_e4m3fn, rounded to nearest even, and the float32 scales [row tiles, column tiles] that
+        multiply them. The scale of a tile that holds a number that is not finite is not finite.
+    """
+    (rows, columns), (tile_rows, tile_columns) = values.shape, block
+    tiles = (math.ceil(rows / tile_rows), math.ceil(columns / tile_columns))
+    padded = np.zeros((tiles[0] * tile_rows, tiles[1] * tile_columns), np.float32)
+    padded[:rows, :columns] = values
+    padded = padded.reshape(tiles[0], tile_rows, tiles[1], tile_columns)
+    amax = np.abs(padded).max(axis=(1, 3))
+    # a tile of zeros, or of numbers too small for this, gets the smallest scale that no device flushes to zero
+    mantissa, exponent = np.frexp(np.maximum(amax / np.float32(448), np.finfo(np.float32).tiny))
+    scales = np.where(np.isfinite(amax), np.ldexp(np.float32(1), exponent - (mantissa == 0.5)), amax)
+    with np.errstate(invalid="ignore"):
+        padded /= scales[:, None, :, None]
+        encoded = padded.astype(ml_dtypes.float8_e4m3fn)
+    return encoded.reshape(tiles[0] * tile_rows, tiles[1] * tile_columns)[:rows, :columns], scales

@@ -6,7 +6,6 @@ a drafter with a mask vector beside it. The same seed makes the same bytes.
 """
 
 import math
-import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from mimo_jax.byte_tokenizer import SMALLEST_VOCABULARY, write_byte_tokenizer
 from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig, LayerKind
-from mimo_jax.export import SHARD_BYTES, OutputTensor, new_folder, write_json, write_tensors
+from mimo_jax.export import SHARD_BYTES, OutputTensor, check_room, new_folder, write_json, write_tensors
 from mimo_jax.presets import PRESETS, Preset
 from mimo_jax.qkv_layout import chunk_rows, tiles_of_chunk
 from mimo_jax.safetensors_reader import NUMPY_DTYPES, CheckpointError
@@ -83,7 +82,7 @@ def synthesize(
         drafter.check_fits(config)
     backbone_tensors = list(backbone_outputs(config, preset, seed))
     drafter_tensors = list(drafter_outputs(drafter, seed)) if drafter else []
-    _check_room(out, sum(t.nbytes for t in (*backbone_tensors, *drafter_tensors)))
+    check_room(out, sum(t.nbytes for t in (*backbone_tensors, *drafter_tensors)))
 
     def reporter(component: str, tensors: list[OutputTensor]) -> Callable[[int], None]:
         done, total = 0, sum(t.nbytes for t in tensors)
@@ -333,11 +332,3 @@ def drafter_outputs(config: DrafterConfig, seed: int) -> Iterator[OutputTensor]:
         yield linear(f"{prefix}mlp.up_proj", inner, hidden)
         yield linear(f"{prefix}mlp.down_proj", hidden, inner)
     yield norm("norm")
-
-
-def _check_room(out: Path, needed: int) -> None:
-    """Raise unless the disk holds this much and a little more."""
-    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(there).free
-    if free < needed + needed // 50 + (1 << 20):
-        raise CheckpointError(f"{out}: the checkpoint takes {needed:,} bytes, the disk has {free:,} free")

@@ -1,6 +1,7 @@
 """SwiGLU experts over routed tokens: only the experts that some token chose are touched, one tile of rows at a time."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,24 +32,10 @@ def expert_mlp(
     Returns:
         [tokens, hidden] in x's dtype. No token is dropped, whatever the routing.
     """
-    tokens, top_k = ids.shape
-    pairs = tokens * top_k
-    tile = MIN_TILE
-    while tile < MAX_TILE and tile * experts < pairs:
-        tile *= 2
-
-    flat = ids.reshape(-1)
-    order = jnp.argsort(flat)  # pairs by expert
-    sizes = jnp.bincount(flat, length=experts)
-    ends = jnp.cumsum(sizes)
-    tile_ends = jnp.cumsum((sizes + tile - 1) // tile)  # tiles of the experts up to and including this one
+    plan = _tiles(ids, experts)
 
     def add_tile(i: jax.Array, out: jax.Array) -> jax.Array:
-        e = jnp.searchsorted(tile_ends, i, side="right")
-        first = ends[e] - sizes[e] + (i - tile_ends[e] + (sizes[e] + tile - 1) // tile) * tile
-        at = first + jnp.arange(tile)
-        pair = order[jnp.minimum(at, pairs - 1)]
-        token = jnp.where(at < ends[e], pair // top_k, tokens)  # out of range: dropped
+        e, pair, token = plan.tile(i)
         gate_up, down = expert(e)
         rows = x.at[token].get(mode="fill", fill_value=0)
         gate, up = _product("ti,goi->gto", rows, gate_up)
@@ -56,8 +43,112 @@ def expert_mlp(
         scaled = y.astype(jnp.float32) * weights.reshape(-1)[pair][:, None]
         return out.at[token].add(scaled, mode="drop")
 
-    out = jax.lax.fori_loop(0, tile_ends[-1], add_tile, jnp.zeros(x.shape, jnp.float32))
-    return out.astype(x.dtype)
+    return jax.lax.fori_loop(0, plan.count, add_tile, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
+
+
+class _Tiles(NamedTuple):
+    """Routed (token, expert) pairs, sorted by expert and cut into tiles of rows of one expert."""
+
+    order: jax.Array
+    """[pairs] int32: pairs by expert."""
+    sizes: jax.Array
+    """[experts] int32: pairs of each expert."""
+    tokens: int
+    top_k: int
+    rows: int
+    """Rows of a tile."""
+
+    @property
+    def ends(self) -> jax.Array:
+        """[experts] int32: tiles of the experts up to and including each."""
+        return jnp.cumsum(-(-self.sizes // self.rows))
+
+    @property
+    def count(self) -> jax.Array:
+        """Number of tiles."""
+        return self.ends[-1]
+
+    def tile(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Expert of tile i, its pairs [rows] and their tokens [rows]; rows beyond its end have a token out of range."""
+        ends, pair_ends = self.ends, jnp.cumsum(self.sizes)
+        e = jnp.searchsorted(ends, i, side="right")
+        before = ends[e] - -(-self.sizes[e] // self.rows)  # tiles of earlier experts
+        at = pair_ends[e] - self.sizes[e] + (i - before) * self.rows + jnp.arange(self.rows)
+        pair = self.order[jnp.minimum(at, self.order.size - 1)]
+        return e, pair, jnp.where(at < pair_ends[e], pair // self.top_k, self.tokens)
+
+
+def _tiles(ids: jax.Array, experts: int) -> _Tiles:
+    tokens, top_k = ids.shape
+    rows = MIN_TILE
+    while rows < MAX_TILE and rows * experts < ids.size:
+        rows *= 2
+    flat = ids.reshape(-1)
+    return _Tiles(jnp.argsort(flat), jnp.bincount(flat, length=experts), tokens, top_k, rows)
+
+
+@jax.custom_vjp
+def plain_expert_mlp(
+    x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array, layer: jax.Array
+) -> jax.Array:
+    """`expert_mlp` on stacked plain weights, of which only the chosen experts of one layer are read; has gradients.
+
+    Args:
+        x: [tokens, hidden].
+        ids: [tokens, top_k] int32.
+        weights: [tokens, top_k] float32.
+        gate_up: [layers, experts, 2, inner, hidden]; gate is 0, up is 1.
+        down: [layers, experts, hidden, inner].
+        layer: Scalar int32: the row of the leading axis to use.
+
+    Returns:
+        [tokens, hidden] in x's dtype.
+    """
+
+    def expert(e: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return gate_up[layer, e].astype(x.dtype), down[layer, e].astype(x.dtype)
+
+    return expert_mlp(x, ids, weights, expert, gate_up.shape[1])
+
+
+def _plain_forward(*arguments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return plain_expert_mlp(*arguments), arguments
+
+
+def _plain_backward(
+    arguments: tuple[jax.Array, ...], gradient: jax.Array
+) -> tuple[jax.Array, None, jax.Array, jax.Array, jax.Array, None]:
+    """Walk the same tiles again, computing what the forward pass did not keep."""
+    x, ids, weights, gate_up, down, layer = arguments
+    plan = _tiles(ids, gate_up.shape[1])
+
+    def add_tile(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        d_x, d_weights, d_gate_up, d_down = sums
+        e, pair, token = plan.tile(i)
+        w_in, w_out = gate_up[layer, e].astype(x.dtype), down[layer, e].astype(x.dtype)
+        rows, d_out = (a.at[token].get(mode="fill", fill_value=0) for a in (x, gradient))
+        (gate, up), silu = _product("ti,goi->gto", rows, w_in), jax.nn.silu
+        activated, of_gate = jax.vjp(silu, gate)
+        inner = activated * up
+        d_y = d_out * weights.reshape(-1)[pair][:, None].astype(x.dtype)
+        d_inner = _product("to,oi->ti", d_y, w_out)
+        d_both = jnp.stack([of_gate(d_inner * up)[0], d_inner * activated])
+        d_weight = jnp.sum((_product("ti,oi->to", inner, w_out) * d_out).astype(jnp.float32), axis=-1)
+        at = jnp.where(token < plan.tokens, pair, ids.size)  # out of range: dropped
+        return (
+            d_x.at[token].add(_product("gto,goi->ti", d_both, w_in).astype(jnp.float32), mode="drop"),
+            d_weights.at[at].add(d_weight, mode="drop"),
+            d_gate_up.at[layer, e].add(_product("gto,ti->goi", d_both, rows).astype(d_gate_up.dtype)),
+            d_down.at[layer, e].add(_product("to,ti->oi", d_y, inner).astype(d_down.dtype)),
+        )
+
+    zeros = (jnp.zeros(x.shape, jnp.float32), jnp.zeros(ids.size, jnp.float32))
+    sums = (*zeros, jnp.zeros_like(gate_up), jnp.zeros_like(down))
+    d_x, d_weights, d_gate_up, d_down = jax.lax.fori_loop(0, plan.count, add_tile, sums)
+    return d_x.astype(x.dtype), None, d_weights.reshape(weights.shape).astype(weights.dtype), d_gate_up, d_down, None
+
+
+plain_expert_mlp.defvjp(_plain_forward, _plain_backward)
 
 
 def mxfp4_expert_mlp(

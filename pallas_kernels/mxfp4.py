@@ -64,9 +64,10 @@ def encode(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     half = (127 - scales) // 2
     scaled = blocks * _power_of_two(half)[..., None] * _power_of_two(127 - scales - half)[..., None]
     magnitude = jnp.minimum(jnp.abs(scaled), 6)
-    step = jnp.where(magnitude < 2, 0.5, jnp.where(magnitude < 4, 1.0, 2.0))
-    rounded = jnp.round(magnitude / step) * step  # jnp.round rounds halves to even multiples of the step
-    index = jnp.searchsorted(jnp.asarray(MAGNITUDES), rounded).astype(jnp.uint8)
+    below_2, below_4 = magnitude < 2, magnitude < 4
+    steps = jnp.where(below_2, 2.0, jnp.where(below_4, 1.0, 0.5))  # to the unit: codes lie 0.5, 1 and 2 apart
+    first = jnp.where(below_2, 0.0, jnp.where(below_4, 2.0, 4.0))  # code of magnitude 0, if the line went on down
+    index = (jnp.round(magnitude * steps) + first).astype(jnp.uint8)  # jnp.round rounds halves to even
     nibbles = (index | (jnp.signbit(blocks).astype(jnp.uint8) << 3)).reshape(*lead, n // 2, 2)
     return nibbles[..., 0] | (nibbles[..., 1] << 4), scales.astype(jnp.uint8)
 

@@ -82,6 +82,7 @@ def paged_attention(
         total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
         return new_top, total, out * by_row(shrink) + weighted_values(weights, v)
 
-    steps = (jnp.max(lengths) + keys - 1) // keys
-    _, total, out = jax.lax.fori_loop(0, steps, add_pages, (top, total, out))
+    if columns:  # without pages, as in training, nothing is committed and no loop stands in the way of gradients
+        steps = (jnp.max(lengths) + keys - 1) // keys
+        _, total, out = jax.lax.fori_loop(0, steps, add_pages, (top, total, out))
     return (out / by_row(total)).astype(q.dtype)

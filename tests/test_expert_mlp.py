@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import expert_mlp as op
-from pallas_kernels.expert_mlp import expert_mlp, mxfp4_expert_mlp
+from pallas_kernels.expert_mlp import expert_mlp, mxfp4_expert_mlp, plain_expert_mlp
 
 MAGNITUDES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
@@ -74,6 +74,37 @@ def test_float32(tokens, top_k, experts, hidden, inner, kind, rng):
     out = run_plain(*given)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, expected(*given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "kind"),
+    [
+        (1, 1, 3, "random"),
+        (9, 2, 4, "uneven"),
+        (40, 3, 5, "one takes all"),
+        (300, 2, 3, "uneven"),
+        (7, 2, 4, "last only"),
+    ],
+)
+def test_gradients_equal_those_of_the_dense_sum(tokens, top_k, experts, kind, rng):
+    """Stacked, one layer of three in use: the others' gradients are zero."""
+    x, ids, weights, gate_up, down = make(tokens, top_k, experts, 12, 6, kind, rng)
+    stacked = [np.stack([rng.normal(size=w.shape).astype(np.float32), w, w]) for w in (gate_up, down)]
+    direction = rng.normal(size=x.shape).astype(np.float32)
+
+    def dense(x, weights, gate_up, down):
+        share = jnp.zeros((tokens, experts)).at[jnp.arange(tokens)[:, None], ids].add(weights)
+        gate, up = jnp.einsum("ti,egoi->geto", x, gate_up[1], precision="highest")
+        y = jnp.einsum("eto,eio->eti", jax.nn.silu(gate) * up, down[1], precision="highest")
+        return jnp.vdot(jnp.einsum("te,eti->ti", share, y, precision="highest"), direction)
+
+    def tiled(x, weights, gate_up, down):
+        return jnp.vdot(plain_expert_mlp(x, jnp.asarray(ids), weights, gate_up, down, jnp.int32(1)), direction)
+
+    for got, wanted in zip(
+        *(jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))(x, weights, *stacked) for f in (tiled, dense)), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [16, 17, 32, 33, 64, 65, 128, 129])

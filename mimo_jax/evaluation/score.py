@@ -41,7 +41,7 @@ def score(
     capture = tuple(range(len(config.layers))) if hidden_states else ()
     step = positions if chunk is None else chunk
     # a full forward reads nothing from the caches, so they need no room
-    cache = backbone_cache(config, batch, 1 if chunk is None else positions, 1, model.dtype)
+    cache = backbone_cache(config, batch, 0 if chunk is None else positions, 1, model.dtype)
 
     logits, hidden = [], []
     for start in range(0, positions, step):
