@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from mimo_jax.backbone_plan import plan_backbone
-from mimo_jax.checkpoint_plan import FLOATS, Claims, Leaves, Summary
+from mimo_jax.checkpoint_plan import FLOATS, Claims, Summary
 from mimo_jax.config import BackboneConfig, DrafterConfig
+from mimo_jax.drafter_plan import plan_drafter
 from mimo_jax.params import Declared, Params
 from mimo_jax.qkv_layout import QkvLayout
 from mimo_jax.quantization import FP8_COLUMNS
@@ -155,35 +156,7 @@ class DrafterCheckpoint(_Checkpoint):
         """
         tensors = _without_prefix(CheckpointFolder(folder))
         claims = Claims(tensors, str(folder), None)
-        leaves = Leaves()
-        hidden, inner, attention = config.hidden_size, config.intermediate, config.attention
-        q_rows, o_columns = attention.heads * attention.qk_dim, attention.heads * attention.v_dim
-        features = (hidden, len(config.target_layer_ids) * hidden)
-        leaves.add(("fc",), (), claims.plain("feature projection", "fc.weight", features))
-        leaves.add(("hidden_norm",), (), claims.vector("norms", "hidden_norm.weight", hidden))
-        leaves.add(("final_norm",), (), claims.vector("norms", "norm.weight", hidden))
-        for i in range(config.num_layers):
-            prefix, lead = f"layers.{i}.", (config.num_layers,)
-            for path, name, length in (
-                (("attention_norm",), "input_layernorm.weight", hidden),
-                (("mlp_norm",), "post_attention_layernorm.weight", hidden),
-                (("q_norm",), "self_attn.q_norm.weight", attention.qk_dim),
-                (("k_norm",), "self_attn.k_norm.weight", attention.qk_dim),
-            ):
-                leaves.add(path, lead, claims.vector("norms", prefix + name, length))
-            for path, part, name, shape in (
-                (("attention", "q"), "attention", "self_attn.q_proj", (q_rows, hidden)),
-                (("attention", "k"), "attention", "self_attn.k_proj", (attention.kv_heads * attention.qk_dim, hidden)),
-                (("attention", "v"), "attention", "self_attn.v_proj", (attention.kv_heads * attention.v_dim, hidden)),
-                (("attention", "o"), "attention", "self_attn.o_proj", (hidden, o_columns)),
-                (("gate",), "mlp", "mlp.gate_proj", (inner, hidden)),
-                (("up",), "mlp", "mlp.up_proj", (inner, hidden)),
-                (("down",), "mlp", "mlp.down_proj", (hidden, inner)),
-            ):
-                leaves.add(path, lead, claims.plain(part, f"{prefix}{name}.weight", shape))
-            if attention.sink:
-                sink = claims.vector("attention", prefix + "self_attn.attention_sink_bias", attention.heads)
-                leaves.add(("attention", "sink"), lead, sink)
+        leaves = plan_drafter(claims, config)
         mask = _mask_vector(folder, claims, tensors, config)
         summary = claims.prove()
         super().__init__(folder, leaves.proven(), summary, {"mask_embedding": mask})

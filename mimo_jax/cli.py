@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mimo_jax.training.arguments import add_train
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 0, 2 for what the person can mend, 1 for a fault of ours."""
@@ -20,7 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mimo_jax import commands
 
         _compilation_cache()
-        getattr(commands, arguments.command.replace("-", "_"))(arguments)
+        if arguments.command == "train":
+            from mimo_jax.training import commands
+
+            getattr(commands, f"train_{arguments.step}")(arguments)
+        else:
+            getattr(commands, arguments.command.replace("-", "_"))(arguments)
         return 0
     except KeyboardInterrupt:
         return 130
@@ -56,11 +63,20 @@ def _parser() -> argparse.ArgumentParser:
         description="Run MiMo-V2 models with DFlash speculative decoding from Hugging Face checkpoint folders.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_generate, _inspect, _synthesize, _quantize, _score, _score_draft, _bench):
+    for add in (_generate, _inspect, _synthesize, _quantize, _score, _score_draft, add_train, _bench):
         add(commands)
-    for command in commands.choices.values():
-        command.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
+    _debug(parser)
     return parser
+
+
+def _debug(parser: argparse.ArgumentParser) -> None:
+    """Give every command, and every step of one that has steps, the same last option."""
+    nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    for action in nested:
+        for command in action.choices.values():
+            _debug(command)
+    if not nested:
+        parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
 
 
 def _positive(text: str) -> int:

@@ -259,11 +259,50 @@ _SMALL = _backbone(
     **_SMALL_SIZES,
 )
 
+# The size of the model that comes with the package: 14 million parameters, 4 million active, for a byte tokenizer with
+# 2048 ids, of which 2041 is the mask token's.
+_NANO = _backbone(
+    hidden=256,
+    heads=8,
+    kv_heads=2,
+    layers=8,
+    full_layers=(0, 3, 7),
+    experts=16,
+    value_scale=1.0,
+    store_dtype="mxfp4",
+    vocab_size=2048,
+    swa_num_key_value_heads=2,
+    head_dim=48,
+    swa_head_dim=48,
+    v_head_dim=32,
+    swa_v_head_dim=32,
+    rope_theta=100000,
+    max_position_embeddings=4096,
+    num_experts_per_tok=2,
+    moe_intermediate_size=128,
+    intermediate_size=768,
+)
+
 PRESETS: dict[str, Preset] = {
     "mimo-v2-flash": Preset(_FLASH, None, mtp_layers=3),
     "mimo-v2.5": Preset(_V25, _drafter(_V25, (0, 11, 23, 35, 47), 151675, rms_norm_eps=1e-06), mtp_layers=3),
     "mimo-v2.5-pro": Preset(_PRO, _drafter(_PRO, (0, 15, 31, 47, 69), 151669, vocab_size=152064), mtp_layers=3),
     "mimo-v2.6-pro": Preset(_V26_PRO, _drafter(_V26_PRO, (0, 15, 31, 47, 69), 151675, is_causal=False), mtp_layers=3),
+    "nano": Preset(
+        _NANO,
+        _drafter(
+            _NANO,
+            (0, 2, 4, 6, 7),
+            2041,
+            intermediate_size=256,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            v_head_dim=64,
+            sliding_window=256,
+        ),
+        mtp_layers=0,
+    ),
     "tiny": Preset(
         _TINY,
         _drafter(

@@ -1,0 +1,94 @@
+"""Arguments of `mimo-jax train`."""
+
+import argparse
+from pathlib import Path
+
+from mimo_jax.presets import PRESETS
+
+
+def add_train(commands: argparse._SubParsersAction) -> None:
+    """Add the subcommand and its steps."""
+    parser = commands.add_parser(
+        "train",
+        help="train a small backbone and its drafter",
+        description="Train a small model of the family the release's way: corpus, backbone (with quantisation-aware "
+        "training), export, regenerate (the model's own answers), drafter, export.",
+    )
+    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+    for add in (_corpus, _backbone, _regenerate, _drafter, _export):
+        add(steps)
+
+
+def _corpus(steps: argparse._SubParsersAction) -> None:
+    parser = steps.add_parser("corpus", help="make text and a tokenizer", description="Make a corpus folder.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--documents", type=int, default=40_000, metavar="N", help="generated (default: 40000)")
+    parser.add_argument(
+        "--text", type=Path, action="append", default=[], metavar="FILE", help="a document; instead of generated ones"
+    )
+    parser.add_argument("--vocab-size", type=int, default=2048, metavar="N", help="of the tokenizer (default: 2048)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _backbone(steps: argparse._SubParsersAction) -> None:
+    parser = steps.add_parser(
+        "backbone", help="pretrain a backbone", description="Pretrain a backbone; a run that was stopped goes on."
+    )
+    parser.add_argument("--corpus", type=Path, required=True, metavar="DIR", help="from `mimo-jax train corpus`")
+    parser.add_argument("--start-from", type=Path, metavar="RUN", help="begin with the parameters of another run")
+    parser.add_argument("--qat", action="store_true", help="train the weights as they will be stored: MXFP4 and FP8")
+    _run(parser, batch=8, length=512, steps=1000, rate=2e-3)
+
+
+def _regenerate(steps: argparse._SubParsersAction) -> None:
+    parser = steps.add_parser(
+        "regenerate", help="let a model answer prompts", description="Answer generated prompts with the model itself."
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the checkpoint that will be served")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines; goes on where it was")
+    parser.add_argument("--prompts", type=int, default=4000, metavar="N", help="default: 4000")
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="default: 32")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default: 512")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1: all (default)")
+    parser.add_argument("--seed", type=int, default=1, help="of prompts and samples (default: 1)")
+
+
+def _drafter(steps: argparse._SubParsersAction) -> None:
+    parser = steps.add_parser(
+        "drafter",
+        help="train a drafter",
+        description="Train a drafter on its backbone's answers; the backbone is frozen.",
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the backbone's checkpoint folder")
+    parser.add_argument("--answers", type=Path, required=True, metavar="FILE", help="from `mimo-jax train regenerate`")
+    parser.add_argument("--anchors", type=int, default=128, metavar="N", help="blocks a row (default: 128)")
+    parser.add_argument(
+        "--gamma", type=float, default=7.0, help="decay of the weights in a block (default: 7, the release's)"
+    )
+    _run(parser, batch=8, length=512, steps=1000, rate=2e-3)
+
+
+def _export(steps: argparse._SubParsersAction) -> None:
+    parser = steps.add_parser(
+        "export", help="write a checkpoint folder", description="Write a run's parameters in the release's layout."
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a drafter's belongs in MODEL/dflash")
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help="a backbone's, for its tokenizer")
+    parser.add_argument("--plain", action="store_true", help="a backbone in bfloat16, not quantised")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+
+
+def _run(parser: argparse.ArgumentParser, *, batch: int, length: int, steps: int, rate: float) -> None:
+    parser.add_argument("--preset", default="nano", choices=sorted(PRESETS), help="size and shape (default: nano)")
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
+    parser.add_argument("--steps", type=int, default=steps, metavar="N", help=f"default: {steps}")
+    parser.add_argument("--batch", type=int, default=batch, metavar="N", help=f"rows a step (default: {batch})")
+    parser.add_argument("--length", type=int, default=length, metavar="N", help=f"tokens a row (default: {length})")
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of matrices (default: muon)")
+    parser.add_argument("--learning-rate", type=float, default=rate, metavar="X", help=f"peak (default: {rate:g})")
+    parser.add_argument("--warmup", type=int, default=50, metavar="N", help="steps (default: 50)")
+    parser.add_argument("--weight-decay", type=float, default=0.1, metavar="X", help="of matrices (default: 0.1)")
+    parser.add_argument("--checkpoint-every", type=int, default=100, metavar="N", help="steps (default: 100)")
+    parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,225 @@
+"""What the steps of `mimo-jax train` do, one function each, given parsed arguments."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mimo_jax.backbone import Backbone
+from mimo_jax.byte_tokenizer import write_byte_tokenizer
+from mimo_jax.config import BackboneConfig, DrafterConfig
+from mimo_jax.drafter import Drafter
+from mimo_jax.generate import Generator
+from mimo_jax.hf_keys import read_json_object
+from mimo_jax.params import Declared, Params
+from mimo_jax.presets import PRESETS
+from mimo_jax.request import SamplingParams
+from mimo_jax.tokenizer import Tokenizer
+from mimo_jax.training import TrainingError
+from mimo_jax.training.backbone_training import BackboneTrainer, backbone_step
+from mimo_jax.training.corpus.mixture import documents
+from mimo_jax.training.drafter_training import DrafterTrainer, drafter_step
+from mimo_jax.training.fake_quantization import as_stored
+from mimo_jax.training.initialization import initial_params
+from mimo_jax.training.loop import Run
+from mimo_jax.training.optimizers import OptimizerConfig, TrainState, make_optimizer
+from mimo_jax.training.regeneration import answers_as_tokens, regenerate
+from mimo_jax.training.release import write_drafter, write_plain, write_release
+from mimo_jax.training.tokens import Conversation, Tokens, tokenize
+
+_LEARNT_FROM = 4000  # documents that a tokenizer learns its merges from
+
+
+def train_corpus(arguments: argparse.Namespace) -> None:
+    """`mimo-jax train corpus`."""
+    out: Path = arguments.out
+    if out.exists() and any(out.iterdir()):
+        raise TrainingError(f"{out}: is not empty; choose another folder")
+    texts = [path.read_text(encoding="utf-8") for path in arguments.text]
+    for path, text in zip(arguments.text, texts, strict=True):
+        if not text.strip():
+            raise TrainingError(f"{path}: holds no text")
+    count = len(texts) or arguments.documents
+
+    def made() -> Iterator[str | Conversation]:
+        generated = (d.messages if d.text is None else d.text for d in documents(seed=arguments.seed))
+        return islice(iter(texts) if texts else generated, count)
+
+    write_byte_tokenizer(out, arguments.vocab_size, map(_plain_text, islice(made(), _LEARNT_FROM)))
+    with _bar("documents", count) as advance:
+        tokens = tokenize(advance(made()), Tokenizer.from_folder(out))
+    tokens.write(out / "train.safetensors")
+    sources = [str(path) for path in arguments.text] or ["generated"]
+    about = {"documents": count, "sources": sources, "seed": arguments.seed, "tokens": tokens.ids.size}
+    (out / "corpus.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {out}: {count:,} documents, {tokens.ids.size:,} tokens", file=sys.stderr)
+
+
+def train_backbone(arguments: argparse.Namespace) -> None:
+    """`mimo-jax train backbone`."""
+    hf = PRESETS[arguments.preset].backbone
+    config = BackboneConfig.from_hf(hf)
+    tokens = Tokens.read(arguments.corpus / "train.safetensors", config.vocab_size)
+    optimizer = _optimizer(arguments)
+    backbone = Declared(lambda: Backbone(config, "float32"))
+    trainer = BackboneTrainer(backbone, make_optimizer(backbone.axes, optimizer, arguments.steps), arguments.qat)
+    run = Run(arguments.out, _settings(arguments, optimizer, "preset", "qat", "batch", "length", "steps", "seed"))
+    params = initial_params(backbone, len(config.layers), arguments.seed)
+    if arguments.start_from is not None:
+        params = _trained(arguments.start_from, params)
+
+    def batch(step: int) -> dict[str, Any]:
+        return tokens.batch(step, arguments.batch, arguments.length + 1, arguments.seed)
+
+    batch(0)  # a corpus that is too short is told of before anything is compiled
+    run.train(
+        trainer.start(params),
+        lambda state, given: backbone_step(trainer, state, given),
+        batch,
+        steps=arguments.steps,
+        checkpoint_every=arguments.checkpoint_every,
+        tokens_per_step=arguments.batch * arguments.length,
+        title=f"backbone {arguments.preset}",
+    )
+    print(f"trained {arguments.out}", file=sys.stderr)
+
+
+def train_regenerate(arguments: argparse.Namespace) -> None:
+    """`mimo-jax train regenerate`."""
+    generator = Generator.load(arguments.model, drafter="none")
+    prompts = list(islice(_prompts(generator.tokenizer, arguments.seed), arguments.prompts))
+    params = SamplingParams(arguments.max_new_tokens, arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
+    with _bar("answers", arguments.prompts) as advance:
+        bar = advance(iter(lambda: None, 0))
+        seen = 0
+
+        def progress(done: int, _: int) -> None:
+            nonlocal seen
+            for _ in range(done - seen):
+                next(bar)
+            seen = done
+
+        regenerate(generator, prompts, params, arguments.out, batch=arguments.batch, progress=progress)
+    print(f"wrote {arguments.out}: {len(prompts):,} answers", file=sys.stderr)
+
+
+def train_drafter(arguments: argparse.Namespace) -> None:
+    """`mimo-jax train drafter`."""
+    hf = PRESETS[arguments.preset].drafter
+    if hf is None:
+        raise TrainingError(f"the preset {arguments.preset} has no drafter")
+    model = Generator.load(arguments.model, drafter="none", storage="expanded", dtype="float32").model
+    config = DrafterConfig.from_hf(hf)
+    config.check_fits(model.config)
+    tokens = answers_as_tokens(arguments.answers)
+    optimizer = _optimizer(arguments)
+    drafter = Declared(lambda: Drafter(config, "float32"))
+    trainer = DrafterTrainer(
+        model.models.backbone,
+        drafter,
+        make_optimizer(drafter.axes, optimizer, arguments.steps),
+        anchors=arguments.anchors,
+        gamma=arguments.gamma,
+    )
+    names = ("preset", "batch", "length", "steps", "anchors", "gamma", "seed")
+    run = Run(arguments.out, _settings(arguments, optimizer, *names))
+    params = initial_params(drafter, config.num_layers, arguments.seed)
+    params["mask_embedding"] = jnp.mean(model.params.backbone["embedding"], axis=0)
+    key = jax.random.key(arguments.seed)
+
+    def batch(step: int) -> dict[str, Any]:
+        return tokens.batch(step, arguments.batch, arguments.length, arguments.seed) | {"step": step}
+
+    def step(state: TrainState, given: dict[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
+        number = given.pop("step")
+        return drafter_step(trainer, state, given, model.params.backbone, jax.random.fold_in(key, number))
+
+    batch(0)
+    run.train(
+        trainer.start(params),
+        step,
+        batch,
+        steps=arguments.steps,
+        checkpoint_every=arguments.checkpoint_every,
+        tokens_per_step=arguments.batch * arguments.length,
+        title=f"drafter {arguments.preset}",
+    )
+    print(f"trained {arguments.out}", file=sys.stderr)
+
+
+def train_export(arguments: argparse.Namespace) -> None:
+    """`mimo-jax train export`."""
+    settings = read_json_object(arguments.run / "run.json")
+    preset = PRESETS[settings["preset"]]
+    if "anchors" in settings:
+        assert preset.drafter is not None
+        config = DrafterConfig.from_hf(preset.drafter)
+        drafter = Declared(lambda: Drafter(config, "float32"))
+        params = _trained(arguments.run, drafter.shapes)
+        write_drafter(arguments.out, preset.drafter, params, overwrite=arguments.overwrite)
+    else:
+        if arguments.corpus is None:
+            raise TrainingError("a backbone needs --corpus DIR, whose tokenizer goes with it")
+        backbone_config = BackboneConfig.from_hf(preset.backbone)
+        backbone = Declared(lambda: Backbone(backbone_config, "float32"))
+        params = _trained(arguments.run, backbone.shapes)
+        if settings["qat"]:
+            params = jax.jit(lambda p: as_stored(p, backbone.axes))(params)
+        write = write_plain if arguments.plain else write_release
+        write(arguments.out, preset.backbone, params, arguments.corpus, overwrite=arguments.overwrite)
+    print(f"wrote {arguments.out}", file=sys.stderr)
+
+
+def _optimizer(arguments: argparse.Namespace) -> OptimizerConfig:
+    return OptimizerConfig(arguments.optimizer, arguments.learning_rate, arguments.warmup, arguments.weight_decay)
+
+
+def _settings(arguments: argparse.Namespace, optimizer: OptimizerConfig, *names: str) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names} | {"optimizer": asdict(optimizer)}
+
+
+def _trained(folder: Path, like: Params) -> Params:
+    """The latest parameters of a run, shaped as `like`."""
+    found = Run.latest_params(folder, like)
+    if found is None:
+        raise TrainingError(f"{folder}: holds no checkpoint of a training run")
+    return found
+
+
+def _prompts(tokenizer: Tokenizer, seed: int) -> Iterator[list[int]]:
+    """What the generated documents ask, every turn of a conversation and the beginning of every plain text."""
+    for found in documents(seed=seed):
+        if found.text is not None:
+            yield tokenizer.encode(found.text)[:32]
+        for i, message in enumerate(found.messages):
+            if message["role"] == "assistant":
+                yield tokenizer.encode_chat(found.messages[:i])
+
+
+def _plain_text(document: str | Conversation) -> str:
+    return document if isinstance(document, str) else "\n".join(m["content"] for m in document)
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[[Iterator[Any]], Iterator[Any]]]:
+    """A bar on stderr that moves as what is given to it is consumed."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(title, total=total)
+
+        def advance(items: Iterator[Any]) -> Iterator[Any]:
+            for item in items:
+                yield item
+                bars.update(task, advance=1)
+
+        yield advance

@@ -1,0 +1,157 @@
+"""Training a drafter by self-distillation: blocks at random anchors of the backbone's own answers.
+
+The backbone is frozen and runs once over a sequence; its captured features give every position's context keys and
+values. A block at anchor t then runs through the drafter as in decoding, on a ring gathered from the positions before
+t: what is trained is what is served, and a block costs the same at any context.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mimo_jax.backbone import Backbone
+from mimo_jax.cache import RingKV, backbone_cache
+from mimo_jax.drafter import Drafter
+from mimo_jax.params import Declared, Params
+from mimo_jax.training.objective import cross_entropy
+from mimo_jax.training.optimizers import TrainState, descend
+
+
+@dataclass(frozen=True, eq=False)
+class DrafterTrainer:
+    """What a step is made of; programs are compiled once an instance."""
+
+    backbone: Declared[Backbone]
+    drafter: Declared[Drafter]
+    optimizer: optax.GradientTransformation
+    anchors: int = 512
+    """Blocks a sequence."""
+    gamma: float = 7.0
+    """Row r of a block weighs exp(-(r - 1) / gamma); 7 is the release's figure, 4 the paper's for blocks of 8."""
+    blocks_at_once: int = 128
+    """Blocks whose rings and logits exist at a time."""
+
+    def start(self, params: Params) -> TrainState:
+        """The state before the first step."""
+        return TrainState(params, self.optimizer.init(params))
+
+
+def draw_anchors(key: jax.Array, answer: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Draw anchors uniformly without replacement among positions t such that t and t + 1 are answers.
+
+    Args:
+        key: Of the step.
+        answer: [batch, length] bool.
+        count: Anchors a row.
+
+    Returns:
+        Anchors [batch, count] int32 and whether each is one, [batch, count] bool: rows may have fewer candidates.
+    """
+    candidate = answer & jnp.pad(answer[:, 1:], ((0, 0), (0, 1)))
+    order = jnp.where(candidate, jax.random.uniform(key, answer.shape), 2.0)
+    drawn, anchors = jax.lax.top_k(-order, min(count, answer.shape[1]))
+    return anchors.astype(jnp.int32), drawn > -2.0
+
+
+def gather_ring(context: tuple[jax.Array, jax.Array], row: jax.Array, anchors: jax.Array, slots: int) -> RingKV:
+    """The rings that decoding would have at some anchors: slot s of each holds the newest position before it that is
+    s modulo `slots`.
+
+    Args:
+        context: Keys and values [layers, batch, positions, kv_heads, dim] of every position.
+        row: [blocks] int32: each block's row of the batch.
+        anchors: [blocks] int32.
+        slots: The drafter's visible keys less one: all that reading needs.
+    """
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    position = anchors[:, None] - 1 - (anchors[:, None] - 1 - slot) % slots  # [blocks, slots]; negative: not there
+    return RingKV(*(part[:, row[:, None], jnp.maximum(position, 0)] for part in context))
+
+
+def block_loss(
+    trainer: DrafterTrainer,
+    backbone: Backbone,
+    params: Params,
+    captured: jax.Array,
+    ids: jax.Array,
+    answer: jax.Array,
+    anchors: jax.Array,
+    drawn: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Weighted mean cross-entropy of the rows of all blocks.
+
+    Args:
+        trainer: Settings.
+        backbone: Bound; its embedding and head are used.
+        params: The drafter's.
+        captured: [batch, length, captured layers, hidden] features.
+        ids: [batch, length] int32.
+        answer: [batch, length] bool; rows whose label is no answer, or lies beyond the sequence, weigh nothing.
+        anchors: [batch, blocks] int32.
+        drawn: [batch, blocks] bool: blocks that count.
+
+    Returns:
+        The loss and metrics: accuracy of each draft row, and the accepted length it would give.
+    """
+    drafter = trainer.drafter.bind(params)
+    config, (batch, length) = drafter.config, ids.shape
+    context = drafter.context(captured, jnp.zeros(batch, jnp.int32))
+    visible = config.attention.visible_keys
+    slots = length if visible is None else min(length, visible - 1)
+
+    rows = jnp.arange(config.block_size, dtype=jnp.int32)[1:]
+    weights = jnp.exp(-(rows - 1).astype(jnp.float32) / trainer.gamma)
+    blocks = anchors.size
+    size = min(trainer.blocks_at_once, blocks)
+    chunks = -(-blocks // size)
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jnp.pad(x.reshape(-1), (0, chunks * size - blocks)).reshape(chunks, size)
+
+    batch_row = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], anchors.shape)
+
+    @jax.checkpoint
+    def some_blocks(sums: tuple[jax.Array, ...], part: tuple[jax.Array, ...]):
+        row, anchor, counts = part  # [size] each
+        ring = gather_ring(context, row, anchor, slots)
+        hidden = drafter(backbone.embed(ids[row, anchor]), ring, anchor)[:, 1:]  # [size, block - 1, hidden]
+        at = anchor[:, None] + rows  # labels stand at the rows' own positions
+        inside = jnp.minimum(at, length - 1)
+        labelled = counts[:, None] & (at < length) & answer[row[:, None], inside]
+        labels, weight = ids[row[:, None], inside], jnp.where(labelled, weights, 0.0)
+        scores = cross_entropy(backbone.head, hidden.reshape(labels.size, -1), labels.reshape(-1), weight.reshape(-1))
+        right = scores.correct.reshape(labels.shape) & labelled
+        prefix = jnp.cumprod(right.astype(jnp.int32), axis=1)
+        new = (scores.loss, scores.weight, jnp.sum(right, 0), jnp.sum(labelled, 0), jnp.sum(prefix), jnp.sum(counts))
+        return jax.tree.map(jnp.add, sums, tuple(jnp.asarray(n, jnp.float32) for n in new)), None
+
+    zero, by_row = jnp.zeros((), jnp.float32), jnp.zeros(rows.size, jnp.float32)
+    sums, _ = jax.lax.scan(
+        some_blocks, (zero, zero, by_row, by_row, zero, zero), (cut(batch_row), cut(anchors), cut(drawn))
+    )
+    loss, weight, right, labelled, prefix, counted = sums
+    accuracy = right / jnp.maximum(labelled, 1.0)
+    metrics = {f"accuracy_{r + 1}": accuracy[r] for r in range(rows.size)}
+    return loss / jnp.maximum(weight, 1e-9), metrics | {"accepted_length": 1.0 + prefix / jnp.maximum(counted, 1.0)}
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def drafter_step(
+    trainer: DrafterTrainer, state: TrainState, batch: dict[str, jax.Array], frozen: Params, key: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step on a batch of `ids` and `answer` [batch, length]; the backbone's parameters stay as they are."""
+    backbone = trainer.backbone.bind(frozen)
+    ids, answer = batch["ids"], batch["answer"]
+    cache = backbone_cache(backbone.config, ids.shape[0], 0, 1, "float32")
+    capture = trainer.drafter.module.config.target_layer_ids
+    captured = jax.lax.stop_gradient(backbone(ids, cache, capture).captured)
+    anchors, drawn = draw_anchors(key, answer, trainer.anchors)
+
+    def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return block_loss(trainer, backbone, params, captured, ids, answer, anchors, drawn)
+
+    (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+    return descend(trainer.optimizer, state, gradients), {"loss": value, **metrics}
