@@ -65,7 +65,8 @@ class Run:
                 return None
             here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
-            wanted = ocp.args.PyTreeRestore({"params": shapes}, partial_restore=True)
+            restore = ocp.checkpoint_utils.construct_restore_args({"params": shapes})
+            wanted = ocp.args.PyTreeRestore({"params": shapes}, restore_args=restore, partial_restore=True)
             return manager.restore(step, args=wanted)["params"]
 
     @contextmanager

@@ -1,0 +1,186 @@
+"""Training a drafter: its blocks are those of decoding, its labels are not shifted, and it learns."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mimo_jax.cache import backbone_cache
+from mimo_jax.drafter import Drafter
+from mimo_jax.evaluation.score import score_draft
+from mimo_jax.generate import Generator
+from mimo_jax.model import Model
+from mimo_jax.params import Declared
+from mimo_jax.request import SamplingParams
+from mimo_jax.speculative import ModelParams, Models
+from mimo_jax.training import TrainingError
+from mimo_jax.training.drafter_training import DrafterTrainer, block_loss, drafter_step, draw_anchors, gather_ring
+from mimo_jax.training.initialization import initial_params
+from mimo_jax.training.optimizers import OptimizerConfig, make_optimizer
+from mimo_jax.training.regeneration import answers_as_tokens, read_answers, regenerate
+from tests.models import decoded, tiny_configs, tiny_model
+
+LENGTH = 40
+
+
+@pytest.fixture(scope="module", params=[10, None, 3], ids=["window 10", "no window", "window 3"])
+def case(request):
+    """Models, two sequences, their features, and the block logits of decoding at some anchors."""
+    models, params = tiny_model(3, drafter_window=request.param)
+    config, drafter_config = models.backbone.module.config, tiny_configs(drafter_window=request.param)[1]
+    model = Model(config, drafter_config, "float32", models, params, None)
+    rng = np.random.default_rng(1)
+    ids = rng.integers(0, 61, (2, LENGTH)).astype(np.int32)
+    backbone = models.backbone.bind(params.backbone)
+    cache = backbone_cache(config, 2, 0, 1, "float32")
+    captured = backbone(jnp.asarray(ids), cache, drafter_config.target_layer_ids).captured
+    anchors = np.array([[0, 1, 7, 20, 33, 39], [2, 9, 10, 11, 31, 36]], np.int32)
+    flat = np.asarray(captured).reshape(2, LENGTH, -1)
+    logits = np.stack(
+        [
+            score_draft(model, flat, ids[np.arange(2), anchors[:, n]], anchors[:, n])["logits"]
+            for n in range(anchors.shape[1])
+        ],
+        axis=1,
+    )  # [batch, blocks, block, vocab]
+    return models, params, ids, captured, anchors, logits
+
+
+def losses(logits, ids, answer, anchors, drawn, gamma):
+    """The loss as its definition has it, block by block and row by row."""
+    logits = np.asarray(logits, np.float64)
+    log_q = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    log_q -= logits.max(-1, keepdims=True)
+    total = weights = 0.0
+    for b, n in np.ndindex(anchors.shape):
+        for r in range(1, 8):
+            at = anchors[b, n] + r
+            if drawn[b, n] and at < LENGTH and answer[b, at]:
+                w = np.exp(-(r - 1) / gamma)
+                total -= w * log_q[b, n, r, ids[b, at]]
+                weights += w
+    return total / weights
+
+
+@pytest.mark.parametrize(("gamma", "at_once"), [(7.0, 128), (4.0, 5)])
+def test_the_loss_is_that_of_the_blocks_that_decoding_fills(case, rng, gamma, at_once):
+    """Labels at the rows' own positions, context strictly before the anchor, one global normalisation."""
+    models, params, ids, captured, anchors, logits = case
+    answer, drawn = rng.random((2, LENGTH)) < 0.7, rng.random(anchors.shape) < 0.8
+    optimizer = make_optimizer(models.drafter.axes, OptimizerConfig(), 10)
+    trainer = DrafterTrainer(models.backbone, models.drafter, optimizer, gamma=gamma, blocks_at_once=at_once)
+    backbone = models.backbone.bind(params.backbone)
+    given = map(jnp.asarray, (ids, answer, anchors, drawn))
+    loss, metrics = block_loss(trainer, backbone, params.drafter, captured, *given)
+    np.testing.assert_allclose(loss, losses(logits, ids, answer, anchors, drawn, gamma), rtol=1e-5)
+    best = logits.argmax(-1)
+    right = [
+        [best[b, n, r] == ids[b, anchors[b, n] + r] and answer[b, anchors[b, n] + r] for r in range(1, 8)]
+        if anchors[b, n] + 7 < LENGTH
+        else [
+            anchors[b, n] + r < LENGTH and best[b, n, r] == ids[b, anchors[b, n] + r] and answer[b, anchors[b, n] + r]
+            for r in range(1, 8)
+        ]
+        for b, n in np.ndindex(anchors.shape)
+        if drawn[b, n]
+    ]
+    assert float(metrics["accepted_length"]) == pytest.approx(1 + np.cumprod(right, 1).sum() / drawn.sum(), rel=1e-5)
+
+
+def test_gathered_rings_hold_the_newest_positions():
+    context = jnp.arange(2 * 2 * 30, dtype=jnp.float32).reshape(2, 2, 30, 1, 1)
+    row, anchors = jnp.array([0, 1, 1]), jnp.array([3, 9, 29])
+    ring = gather_ring((context, -context), row, anchors, slots=5)
+    for block, (r, t) in enumerate(zip(row.tolist(), anchors.tolist(), strict=True)):
+        for position in range(max(0, t - 5), t):
+            assert ring.k[1, block, position % 5, 0, 0] == context[1, r, position, 0, 0]
+            assert ring.v[0, block, position % 5, 0, 0] == -context[0, r, position, 0, 0]
+
+
+def test_anchors_are_uniform_without_replacement():
+    answer = np.zeros((3, 30), bool)
+    answer[0, 5:20] = True
+    answer[1, [3, 4, 9, 20, 21]] = True
+    draw = jax.jit(lambda key: draw_anchors(key, jnp.asarray(answer), 6))
+    candidates = [set(range(5, 19)), {3, 20}, set()]
+    counts = np.zeros(30)
+    for i in range(400):
+        anchors, drawn = map(np.asarray, draw(jax.random.key(i)))
+        assert drawn.sum(1).tolist() == [6, 2, 0]
+        for row in range(3):
+            chosen = anchors[row][drawn[row]].tolist()
+            assert len(set(chosen)) == len(chosen)
+            assert set(chosen) <= candidates[row]
+        counts[anchors[0]] += 1
+    expected = 400 * 6 / 14
+    assert ((counts[5:19] - expected) ** 2 / expected).sum() < 40  # 14 cells; without replacement it is less
+
+
+def test_a_drafter_learns_its_backbones_answers(tmp_path):
+    """Self-generated data: the accepted length of real decoding rises above 4. A shift of one would hold it near 1."""
+    models, params = tiny_model(7)
+    assert models.drafter is not None
+    model = Model(models.backbone.module.config, None, "float32", Models(models.backbone), params, None)
+    prompts = [[int(x) for x in row] for row in np.random.default_rng(0).integers(0, 61, (24, 4))]
+    asked = SamplingParams(max_new_tokens=44, ignore_eos=True)
+    regenerate(Generator(model), prompts, asked, tmp_path / "answers.jsonl", batch=24)
+    tokens = answers_as_tokens(tmp_path / "answers.jsonl")
+    steps = 250
+    optimizer = make_optimizer(models.drafter.axes, OptimizerConfig(learning_rate=1e-2, warmup=10), steps)
+    trainer = DrafterTrainer(models.backbone, models.drafter, optimizer, anchors=16)
+    state = trainer.start(initial_params(models.drafter, 2, seed=0))
+    before = jax.tree.map(np.asarray, params.backbone)
+    for step in range(steps):
+        batch = tokens.batch(step, 8, 48, seed=0)
+        state, _ = drafter_step(trainer, state, batch, params.backbone, jax.random.key(step))
+    jax.tree.map(np.testing.assert_array_equal, before, params.backbone)  # frozen
+    learnt = ModelParams(params.backbone, state.params)
+    _, lengths = decoded(models, learnt, prompts[:8], [replace(asked, max_new_tokens=40)] * 8, verify_length=8)
+    assert sum(map(sum, lengths)) / sum(map(len, lengths)) > 4
+
+
+def test_regeneration_goes_on_where_it_was(tmp_path):
+    models, params = tiny_model(7)
+    model = Model(models.backbone.module.config, None, "float32", Models(models.backbone), params, None)
+    generator, out = Generator(model), tmp_path / "answers.jsonl"
+    prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [3, 2, 1]]
+    sampled = SamplingParams(max_new_tokens=6, temperature=1.0, seed=4, ignore_eos=True)
+    regenerate(generator, prompts, sampled, out, batch=2)
+    whole = list(read_answers(out))
+    assert [p for p, _ in whole] == prompts
+    expected = [generator.generate(p, replace(sampled, seed=4 + i)).token_ids for i, p in enumerate(prompts)]
+    assert [a for _, a in whole] == expected
+    lines = out.read_text().splitlines()
+    out.write_text(lines[0] + "\n" + lines[1] + "\n")
+    regenerate(generator, prompts, sampled, out, batch=2)
+    assert list(read_answers(out)) == whole
+    with pytest.raises(TrainingError, match="answers to other prompts"):
+        regenerate(generator, prompts[::-1], sampled, out)
+    tokens = answers_as_tokens(out)
+    assert tokens.ids.tolist() == [i for p, a in whole for i in p + a]
+    assert tokens.answer.tolist() == [x for p, a in whole for x in [False] * len(p) + [True] * len(a)]
+    out.write_text(json.dumps({"prompt_ids": [1]}) + "\n")
+    with pytest.raises(TrainingError, match=r"answers\.jsonl:1"):
+        answers_as_tokens(out)
+    out.write_text("")
+    with pytest.raises(TrainingError, match="no answers"):
+        answers_as_tokens(out)
+
+
+def test_a_five_layer_drafter_needs_no_context_at_all(rng):
+    """Anchors at position 0 see nothing: the loss is finite, and so are its gradients."""
+    models, params = tiny_model(3)
+    _, config = tiny_configs()
+    deep = Declared(lambda: Drafter(replace(config, num_layers=5), "float32"))
+    optimizer = make_optimizer(deep.axes, OptimizerConfig(), 10)
+    trainer = DrafterTrainer(models.backbone, deep, optimizer, anchors=4)
+    state = trainer.start(initial_params(deep, 5, seed=0))
+    answer = np.zeros((2, 9), bool)
+    answer[0, :2] = True  # one candidate in one row, at its beginning
+    batch = {"ids": rng.integers(0, 61, (2, 9)).astype(np.int32), "answer": answer}
+    state, metrics = drafter_step(trainer, state, batch, params.backbone, jax.random.key(0))
+    assert np.isfinite(float(metrics["loss"]))
+    assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(state.params))
