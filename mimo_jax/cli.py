@@ -1,12 +1,15 @@
 """The `mimo-jax` command: arguments in, one of the library's functions, text or JSON out."""
 
 import argparse
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mimo_jax.arguments import model_arguments, positive
+from mimo_jax.evaluation.arguments import add_bench, add_eval
 from mimo_jax.training.arguments import add_train
 
 
@@ -19,15 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for noisy in ("jax", "absl", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        from mimo_jax import commands
-
         _compilation_cache()
-        if arguments.command == "train":
-            from mimo_jax.training import commands
-
-            getattr(commands, f"train_{arguments.step}")(arguments)
-        else:
-            getattr(commands, arguments.command.replace("-", "_"))(arguments)
+        module, function = arguments.handler.split(":")
+        getattr(importlib.import_module(module), function)(arguments)
         return 0
     except KeyboardInterrupt:
         return 130
@@ -63,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run MiMo-V2 models with DFlash speculative decoding from Hugging Face checkpoint folders.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_generate, _inspect, _synthesize, _quantize, _score, _score_draft, add_train, _bench):
+    for add in (_generate, _inspect, _synthesize, _quantize, _score, _score_draft, add_bench, add_eval, add_train):
         add(commands)
     _debug(parser)
     return parser
@@ -79,56 +76,13 @@ def _debug(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
-def _positives(text: str) -> list[int]:
-    return [_positive(part.strip()) for part in text.split(",") if part.strip()]
-
-
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
-    group.add_argument(
-        "--drafter", default="auto", metavar="DIR", help="drafter folder, or none (default: DIR/dflash if it exists)"
-    )
-    group.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of activations and caches (default: float32 on a CPU)"
-    )
-    group.add_argument(
-        "--storage",
-        choices=("packed", "expanded"),
-        help="of quantised weights in memory (default: packed; expanded on a CPU with room for it)",
-    )
-    group.add_argument(
-        "--swa-visible-keys",
-        type=_positive,
-        metavar="N",
-        help="keys a sliding-window query sees (default: sliding_window_size + 1, as SGLang; "
-        "the Hugging Face code uses sliding_window_size)",
-    )
-    group.add_argument(
-        "--router-dtype", choices=("float32", "bfloat16"), help="default: moe_router_dtype, else float32"
-    )
-    group.add_argument(
-        "--qkv-layout",
-        choices=("auto", "chunked", "canonical"),
-        default="auto",
-        help="row order of fused qkv weights, where the files do not prove it (default: auto)",
-    )
-    group.add_argument("--draft-rope-theta", type=float, metavar="BASE", help="replaces the drafter's rope_theta")
-
-
 def _generate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "generate",
         help="text in, text out",
         description="Continue prompts. Text streams as it is decoded; a line of statistics follows on stderr.",
     )
-    _model_arguments(parser)
+    model_arguments(parser)
     group = parser.add_argument_group("prompt (default: standard input)").add_mutually_exclusive_group()
     group.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times: one batch")
     group.add_argument(
@@ -161,11 +115,11 @@ def _generate(commands: argparse._SubParsersAction) -> None:
     group = parser.add_argument_group("decoding")
     group.add_argument(
         "--verify-length",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="rows the backbone verifies a round: 1 (no drafts) to the drafter's block (default)",
     )
-    group.add_argument("--rounds-per-dispatch", type=_positive, default=8, metavar="N", help="default: 8")
+    group.add_argument("--rounds-per-dispatch", type=positive, default=8, metavar="N", help="default: 8")
     group.add_argument(
         "--sampled-drafts", action="store_true", help="draw drafts instead of taking the best, verify by rejection"
     )
@@ -173,6 +127,7 @@ def _generate(commands: argparse._SubParsersAction) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object a prompt, and one of totals")
     group.add_argument("--trace", action="store_true", help="with --json: every round's drafts, tokens and counts")
+    parser.set_defaults(handler="mimo_jax.commands:generate")
 
 
 def _inspect(commands: argparse._SubParsersAction) -> None:
@@ -180,6 +135,7 @@ def _inspect(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--qkv-layout", choices=("auto", "chunked", "canonical"), default="auto")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.set_defaults(handler="mimo_jax.commands:inspect")
 
 
 def _synthesize(commands: argparse._SubParsersAction) -> None:
@@ -194,6 +150,7 @@ def _synthesize(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    parser.set_defaults(handler="mimo_jax.commands:synthesize")
 
 
 def _quantize(commands: argparse._SubParsersAction) -> None:
@@ -219,6 +176,7 @@ def _quantize(commands: argparse._SubParsersAction) -> None:
         help="row order of fused qkv weights, where the files do not prove it (default: auto)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    parser.set_defaults(handler="mimo_jax.commands:quantize")
 
 
 def _score(commands: argparse._SubParsersAction) -> None:
@@ -227,7 +185,7 @@ def _score(commands: argparse._SubParsersAction) -> None:
         help="logits of given tokens",
         description="Write teacher-forced logits [batch, positions, vocab] (and hidden states) of given token ids.",
     )
-    _model_arguments(parser)
+    model_arguments(parser)
     parser.add_argument(
         "--ids", type=Path, required=True, metavar="FILE", help="JSON lists, or safetensors holding `input_ids`"
     )
@@ -237,7 +195,8 @@ def _score(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="also `hidden_states` [layers + 1, batch, positions, hidden]: embeddings, then after each layer",
     )
-    parser.add_argument("--chunk", type=_positive, metavar="N", help="run through the caches, N positions at a time")
+    parser.add_argument("--chunk", type=positive, metavar="N", help="run through the caches, N positions at a time")
+    parser.set_defaults(handler="mimo_jax.commands:score")
 
 
 def _score_draft(commands: argparse._SubParsersAction) -> None:
@@ -246,7 +205,7 @@ def _score_draft(commands: argparse._SubParsersAction) -> None:
         help="a drafter's block logits for given features",
         description="Write `logits` [batch, block, vocab] and `hidden` [batch, block, hidden] of a drafter's blocks.",
     )
-    _model_arguments(parser)
+    model_arguments(parser)
     parser.add_argument(
         "--features",
         type=Path,
@@ -256,26 +215,7 @@ def _score_draft(commands: argparse._SubParsersAction) -> None:
         "`anchors` [batch] token ids and, if they do not stand right after the features, `positions` [batch]",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors")
-
-
-def _bench(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("bench", help="measure speed", description="Measure decoding on this machine.")
-    parser.add_argument(
-        "what", choices=("decode",), help="decode: prefill, plain and speculative decode, cost by context"
-    )
-    _model_arguments(parser)
-    parser.add_argument("--batch", type=_positive, default=1, metavar="N")
-    parser.add_argument("--prompt-tokens", type=_positive, default=128, metavar="N")
-    parser.add_argument("--new-tokens", type=_positive, default=128, metavar="N")
-    parser.add_argument("--runs", type=_positive, default=5, metavar="N")
-    parser.add_argument(
-        "--contexts",
-        type=_positives,
-        default="1024,4096,16384,65536,131072",
-        metavar="N,N,...",
-        help="contexts at which one round is timed with filled caches; empty for none",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    parser.set_defaults(handler="mimo_jax.commands:score_draft")
 
 
 if __name__ == "__main__":

@@ -2,30 +2,23 @@
 
 import argparse
 import json
-import os
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from mimo_jax.evaluation.bench import ContextResult, DecodeResult, Spread, as_json, bench_context, bench_decode
+from mimo_jax.arguments import load_generator, output_file
 from mimo_jax.evaluation.score import score as score_ids
 from mimo_jax.evaluation.score import score_draft as score_blocks
 from mimo_jax.generate import Completion, Generator, Prompt
 from mimo_jax.inspection import describe, report
-from mimo_jax.model import Model
-from mimo_jax.progress import loading_bar
+from mimo_jax.progress import loading_bar, output_console
 from mimo_jax.quantize import quantize_checkpoint
 from mimo_jax.request import SamplingParams
 from mimo_jax.session import Decoding
@@ -55,7 +48,7 @@ def generate(arguments: argparse.Namespace) -> None:
         tokenizer = arguments.model / "tokenizer.json"
         if (arguments.model / "config.json").exists() and not tokenizer.exists():
             raise ValueError(f"{tokenizer}: no such file; give --prompt-ids, or a checkpoint with a tokenizer")
-    generator = _load(arguments)
+    generator = load_generator(arguments)
     prompts = [_rendered(generator, prompt, not arguments.no_thinking) for prompt in asked]
     completions = generator.completions(prompts)
     alone = len(prompts) == 1 and not arguments.json
@@ -88,7 +81,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(description, indent=2))
     else:
-        report(description, _console())
+        report(description, output_console())
 
 
 def synthesize(arguments: argparse.Namespace) -> None:
@@ -113,9 +106,9 @@ def quantize(arguments: argparse.Namespace) -> None:
 
 def score(arguments: argparse.Namespace) -> None:
     """`mimo-jax score`."""
-    ids, out = _read_ids(arguments.ids), _out(arguments.out)
+    ids, out = _read_ids(arguments.ids), output_file(arguments.out)
     arguments.drafter = "none"
-    model = _load(arguments).model
+    model = load_generator(arguments).model
     with _naming(arguments.ids):
         scored = score_ids(model, ids, chunk=arguments.chunk, hidden_states=arguments.hidden_states)
     save_file(scored, out)
@@ -123,52 +116,11 @@ def score(arguments: argparse.Namespace) -> None:
 
 def score_draft(arguments: argparse.Namespace) -> None:
     """`mimo-jax score-draft`."""
-    given, out = _read_safetensors(arguments.features, "features", "anchors"), _out(arguments.out)
-    model = _load(arguments).model
+    given, out = _read_safetensors(arguments.features, "features", "anchors"), output_file(arguments.out)
+    model = load_generator(arguments).model
     with _naming(arguments.features):
         scored = score_blocks(model, given["features"], given["anchors"], given.get("positions"))
     save_file(scored, out)
-
-
-def bench(arguments: argparse.Namespace) -> None:
-    """`mimo-jax bench decode`."""
-    out = _out(arguments.json) if arguments.json else None
-    model = _load(arguments).model
-    wanted = {"batch": arguments.batch, "runs": arguments.runs}
-    tokens = {"prompt_tokens": arguments.prompt_tokens, "new_tokens": arguments.new_tokens}
-    block = model.drafter_config.block_size if model.drafter_config else 1
-    decoded = [bench_decode(model, verify_length=v, **wanted, **tokens) for v in dict.fromkeys((1, block))]
-    timed = [bench_context(model, context=c, **wanted) for c in arguments.contexts]
-    machine = _machine()
-    console = _console()
-    console.print(
-        f"{machine['device']}, jax {jax.__version__}, {machine['date']}, {model.dtype}, batch {arguments.batch}"
-    )
-    console.print(_decode_table(decoded))
-    if timed:
-        console.print(_context_table(timed, model))
-    if out:
-        results = {"machine": machine, "command": sys.argv, "decode": as_json(decoded), "context": as_json(timed)}
-        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-
-
-def _console() -> Console:
-    """Tables wide enough to read where output is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120)
-
-
-def _load(arguments: argparse.Namespace) -> Generator:
-    drafter = arguments.drafter if arguments.drafter in ("auto", "none") else Path(arguments.drafter)
-    return Generator.load(
-        arguments.model,
-        drafter=drafter,
-        dtype=arguments.dtype,
-        storage=arguments.storage,
-        swa_visible_keys=arguments.swa_visible_keys,
-        router_dtype=arguments.router_dtype,
-        qkv_layout=arguments.qkv_layout,
-        draft_rope_theta=arguments.draft_rope_theta,
-    )
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -297,57 +249,3 @@ def _read_safetensors(path: Path, *names: str) -> dict[str, np.ndarray]:
     if missing:
         raise ValueError(f"{path}: no tensor {missing[0]!r}; it holds {', '.join(sorted(tensors)) or 'none'}")
     return tensors
-
-
-def _out(path: Path) -> Path:
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist")
-    return path
-
-
-def _machine() -> dict[str, Any]:
-    device = jax.devices()[0]
-    name = device.device_kind
-    if device.platform == "cpu":
-        name = f"{_processor()}, {os.cpu_count()} cores"
-    return {"device": name, "platform": platform.platform(), "jax": jax.__version__, "date": str(date.today())}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _spread(spread: Spread | None, digits: int = 1) -> str:
-    return "-" if spread is None else f"{spread.median:.{digits}f} ({spread.low:.{digits}f}-{spread.high:.{digits}f})"
-
-
-def _decode_table(results: list[DecodeResult]) -> Table:
-    table = Table(title="Decode, greedy, random prompts: median (lowest-highest)", title_justify="left")
-    names = ("verify length", "prefill tok/s", "decode tok/s", "accepted length", "compile s", "dispatch us")
-    for name in names:
-        table.add_column(name, justify="right")
-    for r in results:
-        table.add_row(
-            str(r.verify_length),
-            _spread(r.prefill_tokens_per_second),
-            _spread(r.decode_tokens_per_second),
-            f"{r.accepted_length:.2f}",
-            f"{r.compile_seconds:.1f}",
-            _spread(r.dispatch_microseconds, 0),
-        )
-    return table
-
-
-def _context_table(results: list[ContextResult], model: Model) -> Table:
-    table = Table(title="One round by context, caches filled at random: milliseconds", title_justify="left")
-    block = model.drafter_config.block_size if model.drafter_config else 1
-    for name in ("context", "draft", f"verify {block} + commit", "plain step"):
-        table.add_column(name, justify="right")
-    for r in results:
-        cells = (r.draft_milliseconds, r.verify_milliseconds, r.plain_milliseconds)
-        table.add_row(f"{r.context:,}", *(_spread(c, 2) for c in cells))
-    return table

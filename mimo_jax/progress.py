@@ -1,13 +1,16 @@
-"""Progress bars for work that takes long enough to wonder about."""
+"""What people watch: progress bars for work that takes long enough to wonder about, tables and pictures."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -39,3 +42,37 @@ def loading_bar(shown: bool = True) -> Iterator[Report]:
             bars.update(tasks[component], completed=done)
 
         yield report
+
+
+@contextmanager
+def counting_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr that moves by what it is told was done; it vanishes at the end."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(title, total=total)
+        yield lambda count: bars.advance(task, count)
+
+
+def require_matplotlib() -> Any:
+    """Matplotlib's `Figure`, which draws without a display; raises `ValueError` where the library is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("pictures need matplotlib: pip install 'mimo-jax[train]'") from None
+    return Figure
+
+
+@contextmanager
+def drawing(path: Path, rows: int = 1, columns: int = 1) -> Iterator[list[Any]]:
+    """Axes of a picture, row by row, that is written to `path` in the end, without a display."""
+    figure = require_matplotlib()(figsize=(6.4 * columns, 4.2 if rows == 1 else 2.2 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    yield axes
+    figure.savefig(path, dpi=120)
+
+
+def output_console() -> Console:
+    """Where results go: standard output, with tables wide enough to read where it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 120)

@@ -28,6 +28,7 @@ def _corpus(steps: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--vocab-size", type=int, default=2048, metavar="N", help="of the tokenizer (default: 2048)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(handler="mimo_jax.training.commands:train_corpus")
 
 
 def _backbone(steps: argparse._SubParsersAction) -> None:
@@ -38,6 +39,7 @@ def _backbone(steps: argparse._SubParsersAction) -> None:
     parser.add_argument("--start-from", type=Path, metavar="RUN", help="begin with the parameters of another run")
     parser.add_argument("--qat", action="store_true", help="train the weights as they will be stored: MXFP4 and FP8")
     _run(parser, batch=8, length=512, steps=1000, rate=2e-3)
+    parser.set_defaults(handler="mimo_jax.training.commands:train_backbone")
 
 
 def _regenerate(steps: argparse._SubParsersAction) -> None:
@@ -52,6 +54,7 @@ def _regenerate(steps: argparse._SubParsersAction) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1: all (default)")
     parser.add_argument("--seed", type=int, default=1, help="of prompts and samples (default: 1)")
+    parser.set_defaults(handler="mimo_jax.training.commands:train_regenerate")
 
 
 def _drafter(steps: argparse._SubParsersAction) -> None:
@@ -67,6 +70,7 @@ def _drafter(steps: argparse._SubParsersAction) -> None:
         "--gamma", type=float, default=7.0, help="decay of the weights in a block (default: 7, the release's)"
     )
     _run(parser, batch=8, length=512, steps=1000, rate=2e-3)
+    parser.set_defaults(handler="mimo_jax.training.commands:train_drafter")
 
 
 def _export(steps: argparse._SubParsersAction) -> None:
@@ -78,6 +82,7 @@ def _export(steps: argparse._SubParsersAction) -> None:
     parser.add_argument("--corpus", type=Path, metavar="DIR", help="a backbone's, for its tokenizer")
     parser.add_argument("--plain", action="store_true", help="a backbone in bfloat16, not quantised")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    parser.set_defaults(handler="mimo_jax.training.commands:train_export")
 
 
 def _run(parser: argparse.ArgumentParser, *, batch: int, length: int, steps: int, rate: float) -> None:

@@ -3,8 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -12,8 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mimo_jax.backbone import Backbone
 from mimo_jax.byte_tokenizer import write_byte_tokenizer
@@ -23,6 +20,7 @@ from mimo_jax.generate import Generator
 from mimo_jax.hf_keys import read_json_object
 from mimo_jax.params import Declared, Params
 from mimo_jax.presets import PRESETS
+from mimo_jax.progress import counting_bar
 from mimo_jax.request import SamplingParams
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training import TrainingError
@@ -56,8 +54,8 @@ def train_corpus(arguments: argparse.Namespace) -> None:
         return islice(iter(texts) if texts else generated, count)
 
     write_byte_tokenizer(out, arguments.vocab_size, map(_plain_text, islice(made(), _LEARNT_FROM)))
-    with _bar("documents", count) as advance:
-        tokens = tokenize(advance(made()), Tokenizer.from_folder(out))
+    with counting_bar("documents", count) as advance:
+        tokens = tokenize(made(), Tokenizer.from_folder(out), progress=lambda: advance(1))
     tokens.write(out / "train.safetensors")
     sources = [str(path) for path in arguments.text] or ["generated"]
     about = {"documents": count, "sources": sources, "seed": arguments.seed, "tokens": tokens.ids.size}
@@ -99,17 +97,8 @@ def train_regenerate(arguments: argparse.Namespace) -> None:
     generator = Generator.load(arguments.model, drafter="none")
     prompts = list(islice(_prompts(generator.tokenizer, arguments.seed), arguments.prompts))
     params = SamplingParams(arguments.max_new_tokens, arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
-    with _bar("answers", arguments.prompts) as advance:
-        bar = advance(iter(lambda: None, 0))
-        seen = 0
-
-        def progress(done: int, _: int) -> None:
-            nonlocal seen
-            for _ in range(done - seen):
-                next(bar)
-            seen = done
-
-        regenerate(generator, prompts, params, arguments.out, batch=arguments.batch, progress=progress)
+    with counting_bar("answers", arguments.prompts) as advance:
+        regenerate(generator, prompts, params, arguments.out, batch=arguments.batch, progress=advance)
     print(f"wrote {arguments.out}: {len(prompts):,} answers", file=sys.stderr)
 
 
@@ -208,18 +197,3 @@ def _prompts(tokenizer: Tokenizer, seed: int) -> Iterator[list[int]]:
 
 def _plain_text(document: str | Conversation) -> str:
     return document if isinstance(document, str) else "\n".join(m["content"] for m in document)
-
-
-@contextmanager
-def _bar(title: str, total: int) -> Iterator[Callable[[Iterator[Any]], Iterator[Any]]]:
-    """A bar on stderr that moves as what is given to it is consumed."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(title, total=total)
-
-        def advance(items: Iterator[Any]) -> Iterator[Any]:
-            for item in items:
-                yield item
-                bars.update(task, advance=1)
-
-        yield advance

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mimo_jax.progress import drawing, require_matplotlib
 from mimo_jax.training import TrainingError
 
 Metrics = dict[str, jax.Array]
@@ -108,6 +109,7 @@ class Run:
         Raises:
             TrainingError: The loss is not a finite number. The checkpoint before stands.
         """
+        require_matplotlib()
         done = 0
         if (restored := self.restore(state)) is not None:
             done, state = restored
@@ -168,19 +170,10 @@ def _whole(line: str) -> bool:
 
 def plot(history: list[dict[str, float]], path: Path, title: str) -> None:
     """Draw every metric over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = [k for k in history[-1] if k not in ("step", "seconds")]
-    figure, axes = pyplot.subplots(len(names), 1, figsize=(7, 2.2 * len(names)), sharex=True, squeeze=False)
-    for axis, name in zip(axes[:, 0], names, strict=True):
-        axis.plot([h["step"] for h in history], [h[name] for h in history], linewidth=0.8)
-        axis.set_ylabel(name)
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_title(title)
-    axes[-1, 0].set_xlabel("step")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with drawing(path, rows=len(names)) as axes:
+        for axis, name in zip(axes, names, strict=True):
+            axis.plot([h["step"] for h in history], [h[name] for h in history], linewidth=0.8)
+            axis.set_ylabel(name)
+        axes[0].set_title(title)
+        axes[-1].set_xlabel("step")

@@ -23,7 +23,7 @@ def regenerate(
     out: Path,
     *,
     batch: int = 16,
-    progress: Callable[[int, int], None] = lambda done, tokens: None,
+    progress: Callable[[int], None] = lambda answered: None,
 ) -> None:
     """Answer prompts, a batch at a time, in order.
 
@@ -33,7 +33,7 @@ def regenerate(
         params: Settings; prompt i is sampled with seed `params.seed` + i.
         out: JSON lines of `prompt_ids` and `answer_ids`; what it holds already is not made again.
         batch: Prompts at a time.
-        progress: Called with (answers so far, tokens made by this call).
+        progress: Told of answers as they are made; first of those that were there.
 
     Raises:
         TrainingError: `out` holds answers to other prompts.
@@ -41,7 +41,7 @@ def regenerate(
     done = [prompt for prompt, _ in read_answers(out)] if out.exists() else []
     if done != [list(p) for p in prompts[: len(done)]]:
         raise TrainingError(f"{out}: holds answers to other prompts; choose another file")
-    made = 0
+    progress(len(done))
     with out.open("a", encoding="utf-8") as file:
         for start in range(len(done), len(prompts), batch):
             part = prompts[start : start + batch]
@@ -49,9 +49,8 @@ def regenerate(
             for completion in generator.generate_batch(part, settings):
                 line = {"prompt_ids": completion.prompt_ids, "answer_ids": completion.token_ids}
                 file.write(json.dumps(line) + "\n")
-                made += len(completion.token_ids)
             file.flush()
-            progress(start + len(part), made)
+            progress(len(part))
 
 
 def read_answers(path: Path) -> Iterator[tuple[list[int], list[int]]]:

@@ -1,6 +1,6 @@
 """Text as training sees it: one long row of token ids, of which some are answers, cut into windows."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +77,9 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return _orders[key]
 
 
-def tokenize(documents: Iterable[str | Conversation], tokenizer: Tokenizer) -> Tokens:
+def tokenize(
+    documents: Iterable[str | Conversation], tokenizer: Tokenizer, progress: Callable[[], None] = lambda: None
+) -> Tokens:
     """Encode texts and conversations; each text ends with `<|endoftext|>`, all of it is answer."""
     end = tokenizer.token_id("<|endoftext|>")
     if end is None:
@@ -85,6 +87,7 @@ def tokenize(documents: Iterable[str | Conversation], tokenizer: Tokenizer) -> T
     ids: list[int] = []
     answer: list[bool] = []
     for document in documents:
+        progress()
         if isinstance(document, str):
             new = [*tokenizer.encode(document), end]
             ids += new

@@ -1,0 +1,78 @@
+"""Arguments of `mimo-jax bench` and `mimo-jax eval`."""
+
+import argparse
+from pathlib import Path
+
+from mimo_jax.arguments import model_arguments, positive, positives
+from mimo_jax.evaluation.prompts import SCENARIOS
+
+
+def add_bench(commands: argparse._SubParsersAction) -> None:
+    """Add the subcommand that measures speed."""
+    parser = commands.add_parser("bench", help="measure speed", description="Measure decoding on this machine.")
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    decode = kinds.add_parser(
+        "decode",
+        help="prefill, plain and speculative decode of random prompts, cost by context",
+        description="Measure prefill, plain and speculative decode of random prompts, and a round's cost by context.",
+    )
+    model_arguments(decode)
+    decode.add_argument("--batch", type=positive, default=1, metavar="N")
+    decode.add_argument("--prompt-tokens", type=positive, default=128, metavar="N")
+    decode.add_argument("--new-tokens", type=positive, default=128, metavar="N")
+    decode.add_argument(
+        "--contexts",
+        type=positives,
+        default="1024,4096,16384,65536,131072",
+        metavar="N,N,...",
+        help="contexts at which one round is timed with filled caches; empty for none",
+    )
+    decode.set_defaults(handler="mimo_jax.evaluation.commands:bench_decode_command")
+    scenarios = kinds.add_parser(
+        "scenarios",
+        help="speculative against plain decode of real prompts",
+        description="Decode the frozen prompts plainly and speculatively in turn, one at a time.",
+    )
+    model_arguments(scenarios)
+    _scenario_arguments(scenarios, prompts=4, tokens=192)
+    scenarios.set_defaults(handler="mimo_jax.evaluation.commands:bench_scenarios")
+    for kind in (decode, scenarios):
+        kind.add_argument("--runs", type=positive, default=5, metavar="N", help="default: 5")
+        kind.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+
+
+def add_eval(commands: argparse._SubParsersAction) -> None:
+    """Add the subcommand that measures models rather than machines."""
+    parser = commands.add_parser("eval", help="measure quality and acceptance", description="Measure a model.")
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    acceptance = kinds.add_parser(
+        "acceptance",
+        help="accepted length by scenario and position",
+        description="Answer the frozen prompts, greedily and at temperature 1, and count what a round gives.",
+    )
+    model_arguments(acceptance)
+    _scenario_arguments(acceptance, prompts=22, tokens=256)
+    acceptance.add_argument("--batch", type=positive, default=8, metavar="N", help="default: 8")
+    acceptance.set_defaults(handler="mimo_jax.evaluation.commands:eval_acceptance")
+    quality = kinds.add_parser(
+        "quality",
+        help="two checkpoints against each other",
+        description="Compare two checkpoints: perplexity on held-out text and exact answers, with 95 %% intervals.",
+    )
+    quality.add_argument("--model", type=Path, required=True, metavar="DIR", help="what is compared")
+    quality.add_argument("--against", type=Path, required=True, metavar="DIR", help="the reference")
+    quality.add_argument("--texts", type=positive, default=40, metavar="N", help="a scenario (default: 40)")
+    quality.set_defaults(handler="mimo_jax.evaluation.commands:eval_quality")
+    for kind in (acceptance, quality):
+        kind.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+        kind.add_argument("--picture", type=Path, metavar="FILE", help="also draw them there (PNG, SVG or PDF)")
+
+
+def _scenario_arguments(parser: argparse.ArgumentParser, *, prompts: int, tokens: int) -> None:
+    parser.add_argument(
+        "--scenario", action="append", choices=SCENARIOS, metavar="NAME", help=f"of {', '.join(SCENARIOS)}; default all"
+    )
+    parser.add_argument(
+        "--prompts", type=positive, default=prompts, metavar="N", help=f"at most, a scenario (default: {prompts})"
+    )
+    parser.add_argument("--max-new-tokens", type=positive, default=tokens, metavar="N", help=f"default: {tokens}")

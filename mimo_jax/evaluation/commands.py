@@ -1,0 +1,135 @@
+"""What `mimo-jax bench` and `mimo-jax eval` do, one function each, given parsed arguments."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.table import Table
+
+from mimo_jax.arguments import load_generator, output_file
+from mimo_jax.evaluation import pictures, tables
+from mimo_jax.evaluation.acceptance import measure
+from mimo_jax.evaluation.bench import as_json, bench_context, bench_decode
+from mimo_jax.evaluation.quality import compare_exact, compare_perplexity, exact_answers, losses
+from mimo_jax.evaluation.scenarios import SCENARIOS, checked_prompts, held_out_texts, prompts
+from mimo_jax.evaluation.speed import compare_speed
+from mimo_jax.generate import Generator
+from mimo_jax.progress import counting_bar, output_console, require_matplotlib
+from mimo_jax.request import SamplingParams
+
+
+def bench_decode_command(arguments: argparse.Namespace) -> None:
+    """`mimo-jax bench decode`."""
+    _checked(arguments.json)
+    model = load_generator(arguments).model
+    wanted = {"batch": arguments.batch, "runs": arguments.runs}
+    tokens = {"prompt_tokens": arguments.prompt_tokens, "new_tokens": arguments.new_tokens}
+    block = model.drafter_config.block_size if model.drafter_config else 1
+    decoded = [bench_decode(model, verify_length=v, **wanted, **tokens) for v in dict.fromkeys((1, block))]
+    timed = [bench_context(model, context=c, **wanted) for c in arguments.contexts]
+    shown = [tables.decode(decoded)] + ([tables.context(timed, model)] if timed else [])
+    results = {"decode": as_json(decoded), "context": as_json(timed)}
+    _report(shown, results, f"{model.dtype}, batch {arguments.batch}", arguments.json)
+
+
+def bench_scenarios(arguments: argparse.Namespace) -> None:
+    """`mimo-jax bench scenarios`."""
+    _checked(arguments.json)
+    generator = load_generator(arguments)
+    params = SamplingParams(max_new_tokens=arguments.max_new_tokens)
+    asked = _asked(generator, arguments)
+    total = sum(map(len, asked.values())) * 2 * (arguments.runs + 1)
+    with counting_bar("answers", total) as advance:
+        found = [
+            compare_speed(generator, name, ids, params, runs=arguments.runs, progress=advance)
+            for name, ids in asked.items()
+        ]
+    _report([tables.speed(found)], {"speed": [r.as_json() for r in found]}, "greedy, batch 1", arguments.json)
+
+
+def eval_acceptance(arguments: argparse.Namespace) -> None:
+    """`mimo-jax eval acceptance`."""
+    _checked(arguments.json, arguments.picture)
+    generator = load_generator(arguments)
+    asked = _asked(generator, arguments)
+    found = []
+    with counting_bar("answers", 2 * sum(map(len, asked.values()))) as advance:
+        for temperature in (0.0, 1.0):
+            params = SamplingParams(max_new_tokens=arguments.max_new_tokens, temperature=temperature)
+            for name, ids in asked.items():
+                found.append(measure(generator, name, ids, params, batch=arguments.batch, progress=advance))
+    _report(
+        [tables.acceptance(found)], {"acceptance": [r.as_json() for r in found]}, generator.model.dtype, arguments.json
+    )
+    if arguments.picture:
+        pictures.acceptance(found, arguments.picture)
+
+
+def eval_quality(arguments: argparse.Namespace) -> None:
+    """`mimo-jax eval quality`."""
+    _checked(arguments.json, arguments.picture)
+    both = [Generator.load(folder, drafter="none") for folder in (arguments.against, arguments.model)]
+    tokenizer = both[0].tokenizer
+    if any(tokenizer.encode(text) != both[1].tokenizer.encode(text) for text in ("Once upon a time", "x = 1")):
+        raise ValueError(f"{arguments.model} and {arguments.against} have different tokenizers: nothing to compare")
+    longest = min(g.model.config.max_positions for g in both)
+    texts = {name: held_out_texts(tokenizer, name, arguments.texts, longest) for name in SCENARIOS}
+    ids, answers = checked_prompts(tokenizer)
+    with counting_bar("texts", 2 * sum(map(len, texts.values()))) as advance:
+        lost = {name: [losses(g, t, lambda: advance(1)) for g in both] for name, t in texts.items()}
+    right = [exact_answers(g, ids, answers) for g in both]
+    found = [compare_perplexity(f"perplexity, {name}", first, second) for name, (first, second) in lost.items()]
+    found.append(compare_exact("exact answers, math", right[0], right[1]))
+    named = f"{arguments.model} against {arguments.against}"
+    _report([tables.quality(found)], {"quality": [r.as_json() for r in found]}, named, arguments.json)
+    if arguments.picture:
+        pictures.quality(found, arguments.picture)
+
+
+def _asked(generator: Generator, arguments: argparse.Namespace) -> dict[str, list[list[int]]]:
+    names = dict.fromkeys(arguments.scenario or SCENARIOS)
+    return {name: prompts(generator.tokenizer, name)[: arguments.prompts] for name in names}
+
+
+def _checked(results: Path | None, picture: Path | None = None) -> None:
+    """Raise before the work begins if what was asked for cannot be written."""
+    for path in (results, picture):
+        if path is not None:
+            output_file(path)
+    if picture is not None:
+        require_matplotlib()
+
+
+def _report(shown: Sequence[Table], results: dict[str, Any], more: str, out: Path | None) -> None:
+    """Print tables under a line that says what they were measured on, and write the results as JSON."""
+    machine = _machine()
+    console = output_console()
+    console.print(", ".join([machine["device"], f"jax {machine['jax']}", machine["date"], more]))
+    for table in shown:
+        console.print(table)
+    if out is not None:
+        whole = {"machine": machine, "command": sys.argv, **results}
+        out.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
+
+def _machine() -> dict[str, Any]:
+    device = jax.devices()[0]
+    name = device.device_kind
+    if device.platform == "cpu":
+        name = f"{_processor()}, {os.cpu_count()} cores"
+    return {"device": name, "platform": platform.platform(), "jax": jax.__version__, "date": str(date.today())}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,84 @@
+"""Results as tables, and how figures with a spread are written."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from mimo_jax.evaluation.acceptance import RELEASE_CARD, Acceptance
+from mimo_jax.evaluation.bench import ContextResult, DecodeResult, Spread
+from mimo_jax.evaluation.quality import Comparison
+from mimo_jax.evaluation.speed import Speedup
+from mimo_jax.model import Model
+
+
+def _spread(spread: Spread | None, digits: int = 1) -> str:
+    return "-" if spread is None else f"{spread.median:.{digits}f} ({spread.low:.{digits}f}-{spread.high:.{digits}f})"
+
+
+def decode(results: Sequence[DecodeResult]) -> Table:
+    """Of `bench decode`: speeds."""
+    table = Table(title="Decode, greedy, random prompts: median (lowest-highest)", title_justify="left")
+    names = ("verify length", "prefill tok/s", "decode tok/s", "accepted length", "compile s", "dispatch us")
+    for name in names:
+        table.add_column(name, justify="right")
+    for r in results:
+        table.add_row(
+            str(r.verify_length),
+            _spread(r.prefill_tokens_per_second),
+            _spread(r.decode_tokens_per_second),
+            f"{r.accepted_length:.2f}",
+            f"{r.compile_seconds:.1f}",
+            _spread(r.dispatch_microseconds, 0),
+        )
+    return table
+
+
+def context(results: Sequence[ContextResult], model: Model) -> Table:
+    """Of `bench decode`: a round by context."""
+    table = Table(title="One round by context, caches filled at random: milliseconds", title_justify="left")
+    block = model.drafter_config.block_size if model.drafter_config else 1
+    for name in ("context", "draft", f"verify {block} + commit", "plain step"):
+        table.add_column(name, justify="right")
+    for r in results:
+        cells = (r.draft_milliseconds, r.verify_milliseconds, r.plain_milliseconds)
+        table.add_row(f"{r.context:,}", *(_spread(c, 2) for c in cells))
+    return table
+
+
+def speed(results: Sequence[Speedup]) -> Table:
+    """Of `bench scenarios`."""
+    table = Table(title="Speculative against plain decode: median (lowest-highest)", title_justify="left")
+    table.add_column("scenario")
+    for name in ("plain tok/s", "speculative tok/s", "factor", "accepted length", "time drafting"):
+        table.add_column(name, justify="right")
+    for r in results:
+        speeds = _spread(r.plain_tokens_per_second), _spread(r.speculative_tokens_per_second), _spread(r.factor, 2)
+        table.add_row(r.scenario, *speeds, f"{r.accepted_length:.2f}", f"{r.drafting_share:.0%}")
+    return table
+
+
+def acceptance(results: Sequence[Acceptance]) -> Table:
+    """Of `eval acceptance`."""
+    table = Table(title="Tokens a round, and how predictable the answers were", title_justify="left")
+    table.add_column("scenario")
+    names = ("temperature", "accepted length", "the card's", "drafts that stood, by position", "perplexity", "entropy")
+    for name in names:
+        table.add_column(name, justify="right")
+    for r in results:
+        stood = " ".join(f"{share:.0%}" for share in r.per_position)
+        card = f"{RELEASE_CARD[r.scenario]:.2f}" if r.scenario in RELEASE_CARD and r.temperature == 0 else ""
+        figures = (f"{r.temperature:g}", f"{r.accepted_length:.2f}", card, stood)
+        table.add_row(r.scenario, *figures, f"{r.perplexity:.2f}", f"{r.entropy:.2f}")
+    return table
+
+
+def quality(results: Sequence[Comparison]) -> Table:
+    """Of `eval quality`."""
+    table = Table(title="Change against the reference, 95 % intervals", title_justify="left")
+    table.add_column("measure")
+    for name in ("reference", "model", "change", "interval", "n"):
+        table.add_column(name, justify="right")
+    for r in results:
+        interval = f"{r.low:+.1%} to {r.high:+.1%}"
+        table.add_row(r.name, f"{r.first:.3f}", f"{r.second:.3f}", f"{r.change:+.1%}", interval, str(r.count))
+    return table
