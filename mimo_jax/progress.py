@@ -48,7 +48,8 @@ def loading_bar(shown: bool = True) -> Iterator[Report]:
 def counting_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr that moves by what it is told was done; it vanishes at the end."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as bars:
         task = bars.add_task(title, total=total)
         yield lambda count: bars.advance(task, count)
 

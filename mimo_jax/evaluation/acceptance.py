@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from mimo_jax.evaluation.score import score
+from mimo_jax.evaluation.score import log_probabilities
 from mimo_jax.generate import Completion, Generator
 from mimo_jax.request import SamplingParams
 from mimo_jax.stats import DecodeStats
 
 RELEASE_CARD = {"web": 6.30, "math": 5.56, "code": 4.54, "chat": 3.18, "edits": 4.29}
 """Accepted lengths that the release's card gives for MiMo-V2.5-Pro, of the benchmarks the scenarios follow."""
-
-_PADDED = 256  # sequences are scored at multiples of this length, so that few programs are compiled
 
 
 @dataclass(frozen=True)
@@ -94,16 +92,6 @@ def measure(
 
 def _scored(generator: Generator, completion: Completion) -> tuple[np.ndarray, np.ndarray]:
     """Loss and entropy at every token of an answer."""
-    first, answer = len(completion.prompt_ids), completion.token_ids
-    logits = answer_logits(generator, completion.prompt_ids, answer)
-    log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-    assert len(log_p) == len(answer) > 0 < first
+    answer = completion.token_ids
+    log_p = log_probabilities(generator.model, completion.prompt_ids, answer)
     return -log_p[np.arange(len(answer)), answer], -(np.exp(log_p) * log_p).sum(-1)
-
-
-def answer_logits(generator: Generator, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
-    """The backbone's logits [answer, vocab] at which the answer's tokens stand."""
-    ids = [*prompt, *answer[:-1]]
-    padded = np.zeros((1, -(-len(ids) // _PADDED) * _PADDED), np.int64)
-    padded[0, : len(ids)] = ids
-    return score(generator.model, padded)["logits"][0, len(prompt) - 1 : len(ids)]

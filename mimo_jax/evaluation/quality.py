@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mimo_jax.evaluation.acceptance import answer_logits
+from mimo_jax.evaluation.score import log_probabilities
 from mimo_jax.generate import Generator
 from mimo_jax.request import SamplingParams
 
@@ -50,8 +50,7 @@ def losses(generator: Generator, texts: Sequence[Text], progress: Callable[[], N
     """[documents, 2]: every document's summed loss over its answer, and its number of tokens."""
     found = []
     for text in texts:
-        logits = answer_logits(generator, text.given, text.answer)
-        log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        log_p = log_probabilities(generator.model, text.given, text.answer)
         found.append((-log_p[np.arange(len(text.answer)), text.answer].sum(), len(text.answer)))
         progress()
     return np.array(found, np.float64)

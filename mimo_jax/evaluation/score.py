@@ -1,5 +1,6 @@
 """Logits of given tokens and block logits of given features: what one implementation is held against another by."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -10,6 +11,8 @@ from mimo_jax.cache import BackboneCache, backbone_cache, drafter_ring
 from mimo_jax.model import Model
 from mimo_jax.request import check_ids
 from mimo_jax.speculative import ModelParams, Models
+
+_PADDED = 256  # answers are scored at multiples of this length, so that few programs are compiled
 
 
 def score(
@@ -56,6 +59,15 @@ def score(
     if hidden_states:
         result["hidden_states"] = np.concatenate(hidden, axis=2)
     return result
+
+
+def log_probabilities(model: Model, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
+    """The backbone's log-probabilities [answer, vocab] float64 at which an answer's tokens stand."""
+    ids = [*prompt, *answer[:-1]]
+    padded = np.zeros((1, -(-len(ids) // _PADDED) * _PADDED), np.int64)
+    padded[0, : len(ids)] = ids
+    logits = score(model, padded)["logits"][0, len(prompt) - 1 : len(ids)].astype(np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
 
 
 @partial(jax.jit, static_argnames=("models", "capture"))

@@ -70,6 +70,9 @@ def train_backbone(arguments: argparse.Namespace) -> None:
     tokens = Tokens.read(arguments.corpus / "train.safetensors", config.vocab_size)
     optimizer = _optimizer(arguments)
     backbone = Declared(lambda: Backbone(config, "float32"))
+    tokens.batch(
+        0, arguments.batch, arguments.length + 1, arguments.seed
+    )  # a short corpus is told of before a run is made
     trainer = BackboneTrainer(backbone, make_optimizer(backbone.axes, optimizer, arguments.steps), arguments.qat)
     run = Run(arguments.out, _settings(arguments, optimizer, "preset", "qat", "batch", "length", "steps", "seed"))
     params = initial_params(backbone, len(config.layers), arguments.seed)
@@ -79,7 +82,6 @@ def train_backbone(arguments: argparse.Namespace) -> None:
     def batch(step: int) -> dict[str, Any]:
         return tokens.batch(step, arguments.batch, arguments.length + 1, arguments.seed)
 
-    batch(0)  # a corpus that is too short is told of before anything is compiled
     run.train(
         trainer.start(params),
         lambda state, given: backbone_step(trainer, state, given),
@@ -111,6 +113,7 @@ def train_drafter(arguments: argparse.Namespace) -> None:
     config = DrafterConfig.from_hf(hf)
     config.check_fits(model.config)
     tokens = answers_as_tokens(arguments.answers)
+    tokens.batch(0, arguments.batch, arguments.length, arguments.seed)
     optimizer = _optimizer(arguments)
     drafter = Declared(lambda: Drafter(config, "float32"))
     trainer = DrafterTrainer(
@@ -133,7 +136,6 @@ def train_drafter(arguments: argparse.Namespace) -> None:
         number = given.pop("step")
         return drafter_step(trainer, state, given, model.params.backbone, jax.random.fold_in(key, number))
 
-    batch(0)
     run.train(
         trainer.start(params),
         step,
