@@ -50,10 +50,10 @@ demo: $(STAMP) $(DEMO)/config.json ## generate text with a tiny random checkpoin
 	$(BIN)/mimo-jax generate --model $(DEMO) --prompt "$(PROMPT)" --max-new-tokens 64
 
 test: $(STAMP) ## the suite a person waits for (ARGS=... go to pytest)
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(STAMP) ## what takes longer: soaks, notebooks, GPU compilation, device matrices
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m slow $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m slow $(ARGS)
 
 check: $(STAMP) ## ruff (lint and format) and the type checker
 	$(BIN)/ruff check .
