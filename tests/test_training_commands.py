@@ -74,8 +74,9 @@ def test_what_cannot_be_trained_gets_one_clear_line(corpus, capsys, tmp_path):
         ((*train, tmp_path / "nowhere"), "train.safetensors: cannot be read"),
         ((*train, tmp_path / "short"), "less than one window"),
         ((*train, tmp_path / "wide"), "the tokenizer of another model"),
-        ((*train, corpus, "--start-from", tmp_path), "no checkpoint"),
-        (("export", "--run", tmp_path, "--out", tmp_path / "x"), "run.json"),
+        ((*train, corpus, "--start-from", tmp_path), "no run.json"),
+        ((*train, corpus, "--length", 2_000_000), "more than the model's context"),
+        (("export", "--run", tmp_path, "--out", tmp_path / "x"), "no run.json"),
         (("drafter", "--model", tmp_path, "--answers", tmp_path / "answers.jsonl", "--out", tmp_path / "d"), "config"),
     ]
     for arguments, said in cases:

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from mimo_jax.arguments import positive
 from mimo_jax.presets import PRESETS
 
 
@@ -22,11 +23,13 @@ def add_train(commands: argparse._SubParsersAction) -> None:
 def _corpus(steps: argparse._SubParsersAction) -> None:
     parser = steps.add_parser("corpus", help="make text and a tokenizer", description="Make a corpus folder.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--documents", type=int, default=40_000, metavar="N", help="generated (default: 40000)")
+    parser.add_argument("--documents", type=positive, default=40_000, metavar="N", help="generated (default: 40000)")
     parser.add_argument(
         "--text", type=Path, action="append", default=[], metavar="FILE", help="a document; instead of generated ones"
     )
-    parser.add_argument("--vocab-size", type=int, default=2048, metavar="N", help="of the tokenizer (default: 2048)")
+    parser.add_argument(
+        "--vocab-size", type=positive, default=2048, metavar="N", help="of the tokenizer (default: 2048)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(handler="mimo_jax.training.commands:train_corpus")
 
@@ -48,9 +51,9 @@ def _regenerate(steps: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the checkpoint that will be served")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines; goes on where it was")
-    parser.add_argument("--prompts", type=int, default=4000, metavar="N", help="default: 4000")
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="default: 32")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default: 512")
+    parser.add_argument("--prompts", type=positive, default=4000, metavar="N", help="default: 4000")
+    parser.add_argument("--batch", type=positive, default=32, metavar="N", help="default: 32")
+    parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="default: 512")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1: all (default)")
     parser.add_argument("--seed", type=int, default=1, help="of prompts and samples (default: 1)")
@@ -65,7 +68,7 @@ def _drafter(steps: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the backbone's checkpoint folder")
     parser.add_argument("--answers", type=Path, required=True, metavar="FILE", help="from `mimo-jax train regenerate`")
-    parser.add_argument("--anchors", type=int, default=128, metavar="N", help="blocks a row (default: 128)")
+    parser.add_argument("--anchors", type=positive, default=128, metavar="N", help="blocks a row (default: 128)")
     parser.add_argument(
         "--gamma", type=float, default=7.0, help="decay of the weights in a block (default: 7, the release's)"
     )
@@ -88,12 +91,14 @@ def _export(steps: argparse._SubParsersAction) -> None:
 def _run(parser: argparse.ArgumentParser, *, batch: int, length: int, steps: int, rate: float) -> None:
     parser.add_argument("--preset", default="nano", choices=sorted(PRESETS), help="size and shape (default: nano)")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
-    parser.add_argument("--steps", type=int, default=steps, metavar="N", help=f"default: {steps}")
-    parser.add_argument("--batch", type=int, default=batch, metavar="N", help=f"rows a step (default: {batch})")
-    parser.add_argument("--length", type=int, default=length, metavar="N", help=f"tokens a row (default: {length})")
+    parser.add_argument("--steps", type=positive, default=steps, metavar="N", help=f"default: {steps}")
+    parser.add_argument("--batch", type=positive, default=batch, metavar="N", help=f"rows a step (default: {batch})")
+    parser.add_argument(
+        "--length", type=positive, default=length, metavar="N", help=f"tokens a row (default: {length})"
+    )
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of matrices (default: muon)")
     parser.add_argument("--learning-rate", type=float, default=rate, metavar="X", help=f"peak (default: {rate:g})")
     parser.add_argument("--warmup", type=int, default=50, metavar="N", help="steps (default: 50)")
     parser.add_argument("--weight-decay", type=float, default=0.1, metavar="X", help="of matrices (default: 0.1)")
-    parser.add_argument("--checkpoint-every", type=int, default=100, metavar="N", help="steps (default: 100)")
+    parser.add_argument("--checkpoint-every", type=positive, default=100, metavar="N", help="steps (default: 100)")
     parser.add_argument("--seed", type=int, default=0)

@@ -17,7 +17,6 @@ from mimo_jax.byte_tokenizer import write_byte_tokenizer
 from mimo_jax.config import BackboneConfig, DrafterConfig
 from mimo_jax.drafter import Drafter
 from mimo_jax.generate import Generator
-from mimo_jax.hf_keys import read_json_object
 from mimo_jax.params import Declared, Params
 from mimo_jax.presets import PRESETS
 from mimo_jax.progress import counting_bar
@@ -70,13 +69,15 @@ def train_backbone(arguments: argparse.Namespace) -> None:
     tokens = Tokens.read(arguments.corpus / "train.safetensors", config.vocab_size)
     optimizer = _optimizer(arguments)
     backbone = Declared(lambda: Backbone(config, "float32"))
-    tokens.batch(
-        0, arguments.batch, arguments.length + 1, arguments.seed
-    )  # a short corpus is told of before a run is made
+    _check_length(arguments, config, tokens, arguments.length + 1)
     trainer = BackboneTrainer(backbone, make_optimizer(backbone.axes, optimizer, arguments.steps), arguments.qat)
-    run = Run(arguments.out, _settings(arguments, optimizer, "preset", "qat", "batch", "length", "steps", "seed"))
+    settings = {"qat": arguments.qat, "start_from": _named(arguments.start_from)}
+    run = Run(arguments.out, settings | _settings(arguments, optimizer, tokens))
     params = initial_params(backbone, len(config.layers), arguments.seed)
     if arguments.start_from is not None:
+        earlier = Run.settings_of(arguments.start_from)["preset"]
+        if earlier != arguments.preset:
+            raise TrainingError(f"{arguments.start_from}: trained the preset {earlier}, not {arguments.preset}")
         params = _trained(arguments.start_from, params)
 
     def batch(step: int) -> dict[str, Any]:
@@ -112,8 +113,8 @@ def train_drafter(arguments: argparse.Namespace) -> None:
     model = Generator.load(arguments.model, drafter="none", storage="expanded", dtype="float32").model
     config = DrafterConfig.from_hf(hf)
     config.check_fits(model.config)
-    tokens = answers_as_tokens(arguments.answers)
-    tokens.batch(0, arguments.batch, arguments.length, arguments.seed)
+    tokens = answers_as_tokens(arguments.answers).checked(model.config.vocab_size, arguments.answers)
+    _check_length(arguments, model.config, tokens, arguments.length)
     optimizer = _optimizer(arguments)
     drafter = Declared(lambda: Drafter(config, "float32"))
     trainer = DrafterTrainer(
@@ -123,8 +124,8 @@ def train_drafter(arguments: argparse.Namespace) -> None:
         anchors=arguments.anchors,
         gamma=arguments.gamma,
     )
-    names = ("preset", "batch", "length", "steps", "anchors", "gamma", "seed")
-    run = Run(arguments.out, _settings(arguments, optimizer, *names))
+    settings = {"model": _named(arguments.model), "anchors": arguments.anchors, "gamma": arguments.gamma}
+    run = Run(arguments.out, settings | _settings(arguments, optimizer, tokens))
     params = initial_params(drafter, config.num_layers, arguments.seed)
     params["mask_embedding"] = jnp.mean(model.params.backbone["embedding"], axis=0)
     key = jax.random.key(arguments.seed)
@@ -150,7 +151,7 @@ def train_drafter(arguments: argparse.Namespace) -> None:
 
 def train_export(arguments: argparse.Namespace) -> None:
     """`mimo-jax train export`."""
-    settings = read_json_object(arguments.run / "run.json")
+    settings = Run.settings_of(arguments.run)
     preset = PRESETS[settings["preset"]]
     if "anchors" in settings:
         assert preset.drafter is not None
@@ -175,8 +176,22 @@ def _optimizer(arguments: argparse.Namespace) -> OptimizerConfig:
     return OptimizerConfig(arguments.optimizer, arguments.learning_rate, arguments.warmup, arguments.weight_decay)
 
 
-def _settings(arguments: argparse.Namespace, optimizer: OptimizerConfig, *names: str) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in names} | {"optimizer": asdict(optimizer)}
+def _settings(arguments: argparse.Namespace, optimizer: OptimizerConfig, tokens: Tokens) -> dict[str, Any]:
+    """What every run is defined by."""
+    names = ("preset", "steps", "batch", "length", "seed")
+    given = {name: getattr(arguments, name) for name in names}
+    return given | {"optimizer": asdict(optimizer), "text": tokens.digest}
+
+
+def _named(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())
+
+
+def _check_length(arguments: argparse.Namespace, config: BackboneConfig, tokens: Tokens, window: int) -> None:
+    """Raise, before a run is made, if rows do not fit the model or the text is shorter than one."""
+    if arguments.length > config.max_positions:
+        raise TrainingError(f"--length {arguments.length} is more than the model's context of {config.max_positions}")
+    tokens.batch(0, arguments.batch, window, arguments.seed)
 
 
 def _trained(folder: Path, like: Params) -> Params:

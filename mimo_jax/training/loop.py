@@ -55,6 +55,14 @@ class Run:
         self._metrics = folder / "metrics.jsonl"
 
     @staticmethod
+    def settings_of(folder: Path) -> dict[str, Any]:
+        """What a run was defined by; raises `TrainingError` if the folder holds none."""
+        path = folder / "run.json"
+        if not path.is_file():
+            raise TrainingError(f"{folder}: holds no training run: there is no run.json")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    @staticmethod
     def latest_params(folder: Path, like: Any) -> Any | None:
         """The parameters in the latest checkpoint of a run, with the shapes of `like`; None if there is none."""
         checkpoints = (folder / "checkpoints").absolute()

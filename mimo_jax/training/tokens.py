@@ -1,5 +1,6 @@
 """Text as training sees it: one long row of token ids, of which some are answers, cut into windows."""
 
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,21 @@ class Tokens:
             raise TrainingError(f"{path}: cannot be read as a file of tokens ({error})") from None
         if ids.ndim != 1 or ids.shape != answer.shape or not ids.size:
             raise TrainingError(f"{path}: expected ids and answer [n], not {list(ids.shape)} and {list(answer.shape)}")
-        if ids.min() < 0 or ids.max() >= vocab_size:
+        return cls(ids, answer).checked(vocab_size, path)
+
+    def checked(self, vocab_size: int, path: Path) -> "Tokens":
+        """These tokens; raises `TrainingError`, naming where they are from, if an id is outside the vocabulary."""
+        if self.ids.min() < 0 or self.ids.max() >= vocab_size:
             raise TrainingError(
-                f"{path}: holds token {ids.max()}, the model's vocabulary has {vocab_size}: "
+                f"{path}: holds token {self.ids.max()}, the model's vocabulary has {vocab_size}: "
                 f"the text was encoded by the tokenizer of another model"
             )
-        return cls(ids, answer)
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Tells these tokens from others."""
+        return f"{self.ids.size} tokens, crc32 {zlib.crc32(self.ids.tobytes() + self.answer.tobytes()):08x}"
 
     def write(self, path: Path) -> None:
         """Write a safetensors file of both arrays."""
