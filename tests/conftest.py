@@ -2,6 +2,7 @@
 
 import filecmp
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -66,6 +67,17 @@ def _is_part_of(folder: Path, other: Path) -> bool:
 def golden_id(folder: Path) -> str:
     """A test id that tells the repository's copy from others: `tests/golden/x` -> `x`, elsewhere -> `shared-x`."""
     return folder.name if folder.is_relative_to(GOLDEN) else f"{folder.parent.parent.name}-{folder.name}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs() -> Iterator[None]:
+    """Drop a file's compiled programs when it is done.
+
+    XLA:CPU maps several pieces of memory per program, Linux allows a process 65,530 of them by default, and a
+    process that runs out dies inside the compiler.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
