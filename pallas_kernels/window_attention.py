@@ -6,6 +6,7 @@ One op serves sliding-window layers (prefill chunks, verification, decode) and t
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.row_tiles import over_row_tiles, padded_rows
 from pallas_kernels.softmax import grouped_scores, weighted_values
 
 
@@ -41,28 +42,42 @@ def window_attention(
         [batch, rows, heads, v_dim] in q's dtype; scores and softmax in float32.
     """
     rows, slots = q.shape[1], ring_k.shape[2]
-    k = jnp.concatenate([jax.lax.dynamic_index_in_dim(ring_k, layer, keepdims=False), block_k.astype(ring_k.dtype)], 1)
-    v = jnp.concatenate([jax.lax.dynamic_index_in_dim(ring_v, layer, keepdims=False), block_v.astype(ring_v.dtype)], 1)
+    keys, values = (jax.lax.dynamic_index_in_dim(ring, layer, keepdims=False) for ring in (ring_k, ring_v))
+    tail = ((0, 0), (0, padded_rows(rows) - rows), (0, 0), (0, 0))
+    block_k, block_v = (jnp.pad(x.astype(ring_k.dtype), tail) for x in (block_k, block_v))
+    # by age, 0 for the newest committed position; none is older than the sequence's start
+    age = (lengths[:, None, None] - 1 - jnp.arange(slots, dtype=jnp.int32)) % slots  # [batch, 1, slots]
+    committed = age < lengths[:, None, None]
 
-    # Positions relative to the first row: committed keys are negative, and none is older than the sequence's start.
-    row = jnp.arange(rows, dtype=jnp.int32)
-    last = lengths[:, None] - 1
-    age = (last - jnp.arange(slots, dtype=jnp.int32)) % slots  # [batch, slots], 0 for the newest position
-    in_ring = jnp.broadcast_to((age < lengths[:, None])[:, None], (q.shape[0], rows, slots))
-    in_block = jnp.broadcast_to(row <= row[:, None] if causal else jnp.ones((rows, rows), bool), (1, rows, rows))
-    if visible_keys is not None:
-        in_ring &= row[:, None] + age[:, None] + 1 < visible_keys
-        in_block &= row[:, None] - row < visible_keys
-    in_block = jnp.broadcast_to(in_block, (q.shape[0], rows, rows))
-    visible = jnp.concatenate([in_ring, in_block], axis=-1)  # [batch, rows, slots + rows]
+    def attend(first: jax.Array, q: jax.Array) -> jax.Array:
+        # of a long block, rows need the keys of their windows alone
+        count = block_k.shape[1]
+        if causal and visible_keys is not None:
+            count = min(count, q.shape[1] + visible_keys - 1)
+        start = jnp.maximum(first + q.shape[1] - count, 0)
+        k, v = (
+            jnp.concatenate([ring, jax.lax.dynamic_slice_in_dim(block, start, count, axis=1)], axis=1)
+            for ring, block in ((keys, block_k), (values, block_v))
+        )
+        row = first + jnp.arange(q.shape[1], dtype=jnp.int32)[:, None]
+        key = start + jnp.arange(count, dtype=jnp.int32)
+        in_ring, in_block = committed, key <= row if causal else jnp.broadcast_to(key < rows, (q.shape[1], count))
+        if visible_keys is not None:
+            in_ring &= row + age + 1 < visible_keys
+            in_block &= row - key < visible_keys
+        shape = q.shape[0], q.shape[1]
+        visible = jnp.concatenate(
+            [jnp.broadcast_to(in_ring, (*shape, slots)), jnp.broadcast_to(in_block, (*shape, count))], axis=-1
+        )
+        scores = jnp.where(visible[:, None, None], grouped_scores(q, k), -jnp.inf)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        if sink is not None:
+            logit = sink.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
+            top = jnp.maximum(top, logit)
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        if sink is not None:
+            total = total + jnp.exp(logit - top)
+        return weighted_values(weights / total, v).astype(q.dtype)
 
-    scores = jnp.where(visible[:, None, None], grouped_scores(q, k), -jnp.inf)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    if sink is not None:
-        logit = sink.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
-        top = jnp.maximum(top, logit)
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    if sink is not None:
-        total = total + jnp.exp(logit - top)
-    return weighted_values(weights / total, v).astype(q.dtype)
+    return over_row_tiles(attend, q)

@@ -37,6 +37,8 @@ CASES = [
     Case(heads=2, kv_heads=1, qk_dim=8, v_dim=8, rows=4, page_size=16, columns=3, keys_per_step=512, sink=False),
     # 1216 keys and the real step of 512: three steps, the last moved back inside the table
     Case(heads=2, kv_heads=1, qk_dim=8, v_dim=4, rows=2, page_size=64, columns=19, keys_per_step=512, sink=True),
+    # several tiles of rows, the last a partial one
+    Case(heads=4, kv_heads=2, qk_dim=8, v_dim=4, rows=75, page_size=16, columns=5, keys_per_step=32, sink=True),
 ]
 
 

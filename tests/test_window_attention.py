@@ -41,6 +41,11 @@ CASES = [
     Case(heads=2, kv_heads=2, qk_dim=6, v_dim=8, slots=24, rows=4, visible_keys=None, causal=True, sink=True),
     Case(heads=2, kv_heads=2, qk_dim=6, v_dim=8, slots=24, rows=4, visible_keys=None, causal=False, sink=False),
     Case(heads=2, kv_heads=1, qk_dim=8, v_dim=8, slots=7, rows=3, visible_keys=40, causal=True, sink=False),
+    # several tiles of rows: windows shorter and longer than a tile, whole and partial last tiles, bidirectional
+    Case(heads=4, kv_heads=2, qk_dim=8, v_dim=4, slots=16, rows=75, visible_keys=9, causal=True, sink=True),
+    Case(heads=2, kv_heads=1, qk_dim=8, v_dim=8, slots=60, rows=96, visible_keys=50, causal=True, sink=False),
+    Case(heads=2, kv_heads=2, qk_dim=6, v_dim=8, slots=24, rows=70, visible_keys=None, causal=True, sink=True),
+    Case(heads=2, kv_heads=1, qk_dim=8, v_dim=8, slots=20, rows=41, visible_keys=17, causal=False, sink=True),
 ]
 
 

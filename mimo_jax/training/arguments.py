@@ -99,6 +99,9 @@ def _run(parser: argparse.ArgumentParser, *, batch: int, length: int, steps: int
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of matrices (default: muon)")
     parser.add_argument("--learning-rate", type=float, default=rate, metavar="X", help=f"peak (default: {rate:g})")
     parser.add_argument("--warmup", type=int, default=50, metavar="N", help="steps (default: 50)")
+    parser.add_argument(
+        "--final", type=float, default=0.1, metavar="X", help="share of the peak that the rate ends at (default: 0.1)"
+    )
     parser.add_argument("--weight-decay", type=float, default=0.1, metavar="X", help="of matrices (default: 0.1)")
     parser.add_argument("--checkpoint-every", type=positive, default=100, metavar="N", help="steps (default: 100)")
     parser.add_argument("--seed", type=int, default=0)

@@ -173,7 +173,9 @@ def train_export(arguments: argparse.Namespace) -> None:
 
 
 def _optimizer(arguments: argparse.Namespace) -> OptimizerConfig:
-    return OptimizerConfig(arguments.optimizer, arguments.learning_rate, arguments.warmup, arguments.weight_decay)
+    return OptimizerConfig(
+        arguments.optimizer, arguments.learning_rate, arguments.warmup, arguments.final, arguments.weight_decay
+    )
 
 
 def _settings(arguments: argparse.Namespace, optimizer: OptimizerConfig, tokens: Tokens) -> dict[str, Any]:

@@ -25,7 +25,9 @@ class OptimizerConfig:
     learning_rate: float = 2e-3
     """Peak; Muon's updates have the size of AdamW's (0.2 root-mean-square), so one rate serves both."""
     warmup: int = 50
-    """Steps of linear warm-up, before a cosine to a tenth of the peak."""
+    """Steps of linear warm-up, before a cosine to `final` of the peak."""
+    final: float = 0.1
+    """1 keeps the peak, for a run that another goes on from."""
     weight_decay: float = 0.1
     """Decoupled, of matrices only."""
     clip: float = 1.0
@@ -52,7 +54,9 @@ def make_optimizer(axes: Params, config: OptimizerConfig, steps: int) -> optax.G
     """The optimiser of parameters declared with these axes, for a run of `steps`."""
     warmup = min(config.warmup, steps // 2)
     peak = config.learning_rate
-    rate = optax.warmup_cosine_decay_schedule(peak / max(1, warmup), peak, warmup, max(steps, warmup + 1), peak / 10)
+    rate = optax.warmup_cosine_decay_schedule(
+        peak / max(1, warmup), peak, warmup, max(steps, warmup + 1), peak * config.final
+    )
     numbers = matrices(axes)
     if config.name == "muon":
         moved = muon(
