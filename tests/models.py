@@ -9,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax.backbone import Backbone
+from mimo_jax.byte_tokenizer import SMALLEST_VOCABULARY, build_byte_tokenizer
 from mimo_jax.cache import backbone_cache, drafter_ring
+from mimo_jax.chat_template import ChatTemplate, default_chat_template
 from mimo_jax.config import AttentionConfig, BackboneConfig, DrafterConfig, LayerKind, MoeConfig
 from mimo_jax.drafter import Drafter
+from mimo_jax.generate import Generator
 from mimo_jax.model import LoadOptions, Model, load_model
 from mimo_jax.params import Declared, Params
 from mimo_jax.request import SamplingParams, batch_requests
 from mimo_jax.speculative import DecodeState, ModelParams, Models, Requests, decode, empty_state, prefill
+from mimo_jax.tokenizer import Tokenizer
 
 
 @cache
@@ -111,6 +115,21 @@ def counting_model(vocab: int, offset: int) -> tuple[Models, ModelParams]:
     head = jnp.roll(identity, 1, axis=0)
     params = silent | {"embedding": identity, "lm_head": head, "final_norm": jnp.ones(vocab)}
     return models, ModelParams(params, random_params(models.drafter, 0))
+
+
+def byte_generator(models: Models, params: ModelParams, with_tokenizer: bool = True) -> Generator:
+    """A model of the smallest vocabulary, whose tokens are bytes."""
+    backend, ids = build_byte_tokenizer(SMALLEST_VOCABULARY)
+    tokenizer = Tokenizer(backend, [ids.im_end], ChatTemplate(default_chat_template(), "default"))
+    assert models.drafter is not None
+    config, drafter_config = models.backbone.module.config, models.drafter.module.config
+    return Generator(Model(config, drafter_config, "float32", models, params, tokenizer if with_tokenizer else None))
+
+
+@cache
+def counter(offset: int = 0, with_tokenizer: bool = True) -> Generator:
+    """Follows every byte with the next one; drafts are always right at offset 0 and always wrong otherwise."""
+    return byte_generator(*counting_model(SMALLEST_VOCABULARY, offset), with_tokenizer)
 
 
 def started(

@@ -119,6 +119,7 @@ def test_anchors_are_uniform_without_replacement():
     assert ((counts[5:19] - expected) ** 2 / expected).sum() < 40  # 14 cells; without replacement it is less
 
 
+@pytest.mark.slow
 def test_a_drafter_learns_its_backbones_answers(tmp_path):
     """Self-generated data: the accepted length of real decoding rises above 4. A shift of one would hold it near 1."""
     models, params = tiny_model(7)

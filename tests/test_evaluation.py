@@ -1,37 +1,22 @@
 """Measuring models: acceptance beside predictability, paired comparisons, speed side by side."""
 
 import json
-from functools import cache
 
 import numpy as np
 import pytest
 
-from mimo_jax.byte_tokenizer import SMALLEST_VOCABULARY, build_byte_tokenizer
-from mimo_jax.chat_template import ChatTemplate, default_chat_template
+from mimo_jax.byte_tokenizer import SMALLEST_VOCABULARY
 from mimo_jax.cli import main
 from mimo_jax.evaluation.acceptance import measure
 from mimo_jax.evaluation.quality import Text, compare_exact, compare_perplexity, exact_answers, losses
 from mimo_jax.evaluation.score import log_probabilities, score
 from mimo_jax.evaluation.speed import compare_speed
 from mimo_jax.generate import Generator
-from mimo_jax.model import Model
 from mimo_jax.request import SamplingParams
 from mimo_jax.synthesize import synthesize
-from mimo_jax.tokenizer import Tokenizer
-from tests.models import counting_model
+from tests.models import counter
 
 VOCAB = SMALLEST_VOCABULARY
-
-
-@cache
-def counter(offset: int = 0) -> Generator:
-    """Follows every byte with the next one one."""
-    backend, ids = build_byte_tokenizer(VOCAB)
-    models, params = counting_model(VOCAB, offset)
-    tokenizer = Tokenizer(backend, [ids.im_end], ChatTemplate(default_chat_template(), "default"))
-    assert models.drafter is not None
-    config, drafter_config = models.backbone.module.config, models.drafter.module.config
-    return Generator(Model(config, drafter_config, "float32", models, params, tokenizer))
 
 
 BEST = (1 / VOCAB + 1e-5) ** -0.5

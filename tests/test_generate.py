@@ -6,37 +6,17 @@ import numpy as np
 import pytest
 
 from mimo_jax import Completion, Decoding, Generator, SamplingParams
-from mimo_jax.byte_tokenizer import SMALLEST_VOCABULARY, build_byte_tokenizer
-from mimo_jax.chat_template import ChatTemplate, default_chat_template
-from mimo_jax.model import Model
+from mimo_jax.byte_tokenizer import SMALLEST_VOCABULARY
 from mimo_jax.stats import DecodeStats
-from mimo_jax.tokenizer import Tokenizer
-from tests.models import counting_model, tiny_model
+from tests.models import byte_generator, counter, tiny_model
 
 ALPHABET = "".join(map(chr, range(ord("B"), ord("{"))))
 """How the counting model goes on after A."""
 
 
 @cache
-def counter(offset: int = 0, with_tokenizer: bool = True) -> Generator:
-    """Follows every byte with the next one; drafts are always right at offset 0 and always wrong otherwise."""
-    backend, ids = build_byte_tokenizer(SMALLEST_VOCABULARY)
-    models, params = counting_model(SMALLEST_VOCABULARY, offset)
-    tokenizer = Tokenizer(backend, [ids.im_end], ChatTemplate(default_chat_template(), "default"))
-    assert models.drafter is not None
-    config, drafter_config = models.backbone.module.config, models.drafter.module.config
-    return Generator(Model(config, drafter_config, "float32", models, params, tokenizer if with_tokenizer else None))
-
-
-@cache
 def random_generator() -> Generator:
-    models, params = tiny_model(7, vocab=SMALLEST_VOCABULARY)
-    backend, ids = build_byte_tokenizer(SMALLEST_VOCABULARY)
-    tokenizer = Tokenizer(backend, [ids.im_end], ChatTemplate(default_chat_template(), "default"))
-    assert models.drafter is not None
-    return Generator(
-        Model(models.backbone.module.config, models.drafter.module.config, "float32", models, params, tokenizer)
-    )
+    return byte_generator(*tiny_model(7, vocab=SMALLEST_VOCABULARY))
 
 
 @pytest.mark.parametrize("offset", [0, 5])
@@ -115,10 +95,9 @@ def test_streams_and_batches_give_the_same_text():
         assert completion.text == generator.tokenizer.decode(completion.token_ids)
         assert "".join(generator.stream(prompt, params)) == completion.text
     for decoding in (Decoding(verify_length=1), Decoding(verify_length=3, rounds_per_dispatch=1)):
-        assert generator.generate_batch(PROMPTS, SETTINGS, decoding=decoding) != together  # other rounds
-        assert [c.token_ids for c in generator.generate_batch(PROMPTS, SETTINGS, decoding=decoding)] == [
-            c.token_ids for c in together
-        ]
+        again = generator.generate_batch(PROMPTS, SETTINGS, decoding=decoding)
+        assert again != together  # other rounds
+        assert [c.token_ids for c in again] == [c.token_ids for c in together]
     sampled = generator.generate(PROMPTS[1], SETTINGS[1], decoding=Decoding(sampled_drafts=True))
     assert len(sampled.token_ids) == 33
 
