@@ -22,6 +22,19 @@ Report = Callable[[str, int, int], None]
 """Called with (component, bytes so far, bytes in all)."""
 
 
+def reporter(progress: Report | None, component: str, total: int) -> Callable[[int], None]:
+    """Tells `progress`, if there is one, of the sum of the bytes that it is called with."""
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(component, done, total)
+
+    return report
+
+
 @contextmanager
 def loading_bar(shown: bool = True) -> Iterator[Report]:
     """A bar a component on stderr, with GB/s and the time left; silent unless `shown` and stderr is a terminal.

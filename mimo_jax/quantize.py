@@ -6,7 +6,7 @@ are read, encoded and written strip by strip, so the memory it takes does not gr
 
 import re
 import shutil
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from mimo_jax.config import BackboneConfig
 from mimo_jax.export import SHARD_BYTES, OutputTensor, check_room, new_folder, write_json, write_tensors
 from mimo_jax.hf_keys import read_json_object
 from mimo_jax.presets import Preset, quantization_config
-from mimo_jax.progress import Report
+from mimo_jax.progress import Report, reporter
 from mimo_jax.qkv_layout import QkvLayout, choose_chunks
 from mimo_jax.quantization import encode_fp8
 from mimo_jax.safetensors_reader import (
@@ -97,13 +97,13 @@ def quantize_checkpoint(
     nbytes, copied = sum(t.nbytes for t in tensors), sum(path.stat().st_size for path in others)
     check_room(out, nbytes + copied)
     with new_folder(out, overwrite) as folder:
-        report = _reporter(progress, "other files", copied)
+        report = reporter(progress, "other files", copied)
         for path in others:  # first, because a file that cannot be read should be known before hours have passed
             target = folder / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
             report(path.stat().st_size)
-        report = _reporter(progress, "backbone", nbytes)
+        report = reporter(progress, "backbone", nbytes)
         write_tensors(folder, tensors, metadata=metadata, shard_bytes=shard_bytes, progress=report)
         write_json(folder / "config.json", _ignoring(hf, plain, encoded))
 
@@ -248,18 +248,6 @@ def _kept(tensor: StoredTensor) -> OutputTensor:
             yield data
 
     return OutputTensor(tensor.name, tensor.dtype, tensor.shape, produce)
-
-
-def _reporter(progress: Report | None, component: str, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(component, done, total)
-
-    return report
 
 
 def _not_finite(tensor: StoredTensor, row: int) -> CheckpointError:

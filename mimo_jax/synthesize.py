@@ -18,6 +18,7 @@ from mimo_jax.byte_tokenizer import SMALLEST_VOCABULARY, write_byte_tokenizer
 from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig, LayerKind
 from mimo_jax.export import SHARD_BYTES, OutputTensor, check_room, new_folder, write_json, write_tensors
 from mimo_jax.presets import PRESETS, Preset
+from mimo_jax.progress import Report, reporter
 from mimo_jax.qkv_layout import chunk_rows, tiles_of_chunk
 from mimo_jax.safetensors_reader import NUMPY_DTYPES, CheckpointError
 from mimo_jax.torch_sidecar import write_mask_embedding
@@ -54,7 +55,7 @@ def synthesize(
     seed: int = 0,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> None:
     """Write a checkpoint.
 
@@ -82,19 +83,11 @@ def synthesize(
         drafter.check_fits(config)
     backbone_tensors = list(backbone_outputs(config, preset, seed))
     drafter_tensors = list(drafter_outputs(drafter, seed)) if drafter else []
-    check_room(out, sum(t.nbytes for t in (*backbone_tensors, *drafter_tensors)))
 
-    def reporter(component: str, tensors: list[OutputTensor]) -> Callable[[int], None]:
-        done, total = 0, sum(t.nbytes for t in tensors)
+    def sizes(tensors: list[OutputTensor]) -> int:
+        return sum(t.nbytes for t in tensors)
 
-        def report(count: int) -> None:
-            nonlocal done
-            done += count
-            if progress is not None:
-                progress(component, done, total)
-
-        return report
-
+    check_room(out, sizes(backbone_tensors) + sizes(drafter_tensors))
     with new_folder(out, overwrite) as folder:
         quantization = config.quantization
         metadata: dict[str, Any] = {"save_format": quantization.expert_format if quantization else "bf16"}
@@ -105,7 +98,7 @@ def synthesize(
             backbone_tensors,
             metadata=metadata,
             shard_bytes=shard_bytes,
-            progress=reporter("backbone", backbone_tensors),
+            progress=reporter(progress, "backbone", sizes(backbone_tensors)),
         )
         write_json(folder / "config.json", preset.backbone)
         write_byte_tokenizer(folder, min(config.vocab_size, _TOKENIZER_VOCABULARY), [_TEXT])
@@ -116,7 +109,7 @@ def synthesize(
                 drafter_tensors,
                 prefix="dflash_draft_model",
                 shard_bytes=shard_bytes,
-                progress=reporter("drafter", drafter_tensors),
+                progress=reporter(progress, "drafter", sizes(drafter_tensors)),
             )
             write_json(folder / "dflash" / "config.json", preset.drafter)
             mask = _Values(seed, "mask").normal("mask_embedding", (config.hidden_size,), 1.0)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.row_tiles import over_row_tiles
-from pallas_kernels.softmax import grouped_scores, weighted_values
+from pallas_kernels.softmax import exponentials, grouped_scores, weighted_values
 
 KEYS_PER_STEP = 1024
 
@@ -52,14 +52,7 @@ def paged_attention(
         row = first + jnp.arange(rows, dtype=jnp.int32)[:, None]
         earlier = jnp.arange(block_k.shape[1], dtype=jnp.int32) <= row
         scores = jnp.where(earlier, grouped_scores(q, block_k), -jnp.inf)  # [batch, kv_heads, group, rows, block]
-        top = jnp.max(scores, axis=-1, keepdims=True)
-        if sink is not None:
-            logit = sink.astype(jnp.float32).reshape(1, kv_heads, heads // kv_heads, 1, 1)
-            top = jnp.maximum(top, logit)
-        weights = jnp.exp(scores - top)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        if sink is not None:
-            total = total + jnp.exp(logit - top)
+        top, weights, total = exponentials(scores, sink)
         out = weighted_values(weights, block_v)  # [batch, rows, heads, v_dim]
 
         def by_row(x: jax.Array) -> jax.Array:

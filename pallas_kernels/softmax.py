@@ -23,6 +23,27 @@ def grouped_scores(q: jax.Array, k: jax.Array) -> jax.Array:
     return scores * dim**-0.5
 
 
+def exponentials(scores: jax.Array, sink: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A softmax before its division.
+
+    Args:
+        scores: [batch, kv_heads, group, rows, keys] float32; -inf for keys that a row does not see.
+        sink: [heads] float32 or None: a logit per head that takes part in the softmax and has no value.
+
+    Returns:
+        The highest logit of each row [..., rows, 1], the keys' exponentials relative to it [..., rows, keys], and the
+        sum of all exponentials, the sink's included [..., rows, 1].
+    """
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    if sink is None:
+        weights = jnp.exp(scores - top)
+        return top, weights, jnp.sum(weights, axis=-1, keepdims=True)
+    logit = sink.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
+    top = jnp.maximum(top, logit)
+    weights = jnp.exp(scores - top)
+    return top, weights, jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(logit - top)
+
+
 def weighted_values(weights: jax.Array, v: jax.Array) -> jax.Array:
     """Sum of values v [batch, keys, kv_heads, v_dim] by weights [batch, kv_heads, group, rows, keys] float32.
 

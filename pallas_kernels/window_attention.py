@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.row_tiles import over_row_tiles, padded_rows
-from pallas_kernels.softmax import grouped_scores, weighted_values
+from pallas_kernels.softmax import exponentials, grouped_scores, weighted_values
 
 
 def window_attention(
@@ -70,14 +70,7 @@ def window_attention(
             [jnp.broadcast_to(in_ring, (*shape, slots)), jnp.broadcast_to(in_block, (*shape, count))], axis=-1
         )
         scores = jnp.where(visible[:, None, None], grouped_scores(q, k), -jnp.inf)
-        top = jnp.max(scores, axis=-1, keepdims=True)
-        if sink is not None:
-            logit = sink.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
-            top = jnp.maximum(top, logit)
-        weights = jnp.exp(scores - top)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        if sink is not None:
-            total = total + jnp.exp(logit - top)
+        _, weights, total = exponentials(scores, sink)
         return weighted_values(weights / total, v).astype(q.dtype)
 
     return over_row_tiles(attend, q)
