@@ -47,17 +47,16 @@ def paged_attention(
     step = min(columns, max(1, KEYS_PER_STEP // page_size))  # pages a step
     keys = step * page_size
 
+    def by_row(x: jax.Array) -> jax.Array:
+        """[batch, kv_heads, group, rows, 1] to [batch, rows, heads, 1]."""
+        return x.transpose(0, 3, 1, 2, 4).reshape(batch, x.shape[3], heads, 1)
+
     def attend(first: jax.Array, q: jax.Array) -> jax.Array:
-        rows = q.shape[1]
-        row = first + jnp.arange(rows, dtype=jnp.int32)[:, None]
+        row = first + jnp.arange(q.shape[1], dtype=jnp.int32)[:, None]
         earlier = jnp.arange(block_k.shape[1], dtype=jnp.int32) <= row
         scores = jnp.where(earlier, grouped_scores(q, block_k), -jnp.inf)  # [batch, kv_heads, group, rows, block]
         top, weights, total = exponentials(scores, sink)
         out = weighted_values(weights, block_v)  # [batch, rows, heads, v_dim]
-
-        def by_row(x: jax.Array) -> jax.Array:
-            """[batch, kv_heads, group, rows, 1] to [batch, rows, heads, 1]."""
-            return x.transpose(0, 3, 1, 2, 4).reshape(batch, rows, heads, 1)
 
         def add_pages(
             i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]

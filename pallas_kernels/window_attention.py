@@ -44,7 +44,7 @@ def window_attention(
     rows, slots = q.shape[1], ring_k.shape[2]
     keys, values = (jax.lax.dynamic_index_in_dim(ring, layer, keepdims=False) for ring in (ring_k, ring_v))
     tail = ((0, 0), (0, padded_rows(rows) - rows), (0, 0), (0, 0))
-    block_k, block_v = (jnp.pad(x.astype(ring_k.dtype), tail) for x in (block_k, block_v))
+    block_k, block_v = jnp.pad(block_k.astype(ring_k.dtype), tail), jnp.pad(block_v.astype(ring_v.dtype), tail)
     # by age, 0 for the newest committed position; none is older than the sequence's start
     age = (lengths[:, None, None] - 1 - jnp.arange(slots, dtype=jnp.int32)) % slots  # [batch, 1, slots]
     committed = age < lengths[:, None, None]
@@ -61,10 +61,10 @@ def window_attention(
         )
         row = first + jnp.arange(q.shape[1], dtype=jnp.int32)[:, None]
         key = start + jnp.arange(count, dtype=jnp.int32)
-        in_ring, in_block = committed, key <= row if causal else jnp.broadcast_to(key < rows, (q.shape[1], count))
+        in_ring, in_block = committed, key <= row if causal else key < rows
         if visible_keys is not None:
-            in_ring &= row + age + 1 < visible_keys
-            in_block &= row - key < visible_keys
+            in_ring = in_ring & (row + age + 1 < visible_keys)
+            in_block = in_block & (row - key < visible_keys)
         shape = q.shape[0], q.shape[1]
         visible = jnp.concatenate(
             [jnp.broadcast_to(in_ring, (*shape, slots)), jnp.broadcast_to(in_block, (*shape, count))], axis=-1

@@ -18,7 +18,6 @@ from tests.models import counter
 
 VOCAB = SMALLEST_VOCABULARY
 
-
 BEST = (1 / VOCAB + 1e-5) ** -0.5
 """The logit of the best token, all others being 0: what the norm makes of a row of the identity."""
 
