@@ -53,7 +53,7 @@ def test_every_position_of_the_stream_can_be_produced_alone():
     head = list(itertools.islice(mixture.documents(seed=5), 40))
     assert [mixture.document(5, index) for index in (39, 0, 17)] == [head[39], head[0], head[17]]
     assert head != list(itertools.islice(mixture.documents(seed=6), 40))
-    assert {document.scenario for document in head} == set(prompts.SCENARIOS)
+    assert {document.scenario for document in head} == {*prompts.SCENARIOS, "drills"}
 
 
 def test_weights_choose_sources():

@@ -1,17 +1,20 @@
 """Measuring models: acceptance beside predictability, paired comparisons, speed side by side."""
 
 import json
+from difflib import unified_diff
 
 import numpy as np
 import pytest
 
 from mimo_jax.byte_tokenizer import SMALLEST_VOCABULARY
 from mimo_jax.cli import main
+from mimo_jax.evaluation import exact
 from mimo_jax.evaluation.acceptance import measure
+from mimo_jax.evaluation.exact import is_right, patched
+from mimo_jax.evaluation.prompts import Prompt, load
 from mimo_jax.evaluation.quality import Text, compare_exact, compare_perplexity, exact_answers, losses
 from mimo_jax.evaluation.score import log_probabilities, score
 from mimo_jax.evaluation.speed import compare_speed
-from mimo_jax.generate import Generator
 from mimo_jax.request import SamplingParams
 from mimo_jax.synthesize import synthesize
 from tests.models import counter
@@ -81,21 +84,63 @@ def test_intervals_cover_as_often_as_they_say():
     assert 0.88 < covered / 200 < 0.995
 
 
-def test_exact_answers_want_the_last_number():
-    """The counting model says ':;<=>?@A...' after '9', which never holds an answer; the text it is given does."""
-    generator = counter()
-    assert exact_answers(generator, [[ord("9")]], ["5"], max_new_tokens=8).tolist() == [[0.0]]
+def prompt_of(content="?", answer=None, check=()):
+    return Prompt("x-01", ({"role": "user", "content": content},), answer, check)
 
-    class Said(Generator):
-        def generate_batch(self, prompts, params=None, **_):
-            completions = self.completions(prompts)
-            texts = ["so Answer: 3 no, Answer: 12.", "Answer: -4", "12"]
-            for completion, text in zip(completions, texts, strict=True):
-                completion.text = text
-            return completions
 
-    said = Said(generator.model)
-    assert exact_answers(said, [[1], [2], [3]], ["12", "4", "12"]).ravel().tolist() == [1, 0, 0]
+@pytest.mark.parametrize(
+    ("text", "right"), [("Answer: 3 no, Answer: 12.", True), ("Answer: -12", False), ("12", False), ("", False)]
+)
+def test_the_last_number_is_the_answer(text, right):
+    assert is_right(prompt_of(answer="12"), text) == right
+
+
+@pytest.mark.parametrize("before", ["a\n", "a\nb\nc\nd\ne\nf\ng\nh\ni\nj\nk\n"])
+@pytest.mark.parametrize("after", ["a\nx\n", "b\nc\nd\ne\nf\ng\nh\ni\nj\n", "x\na\nb\ne\nf\ng\n\nh\ni\nj\nl\nk\n"])
+def test_a_diff_is_applied(before, after):
+    diff = "".join(unified_diff(before.splitlines(True), after.splitlines(True), "a/f", "b/f"))
+    assert patched(before, diff) == after
+    assert patched("other\n" + before, diff) is None
+    prompt = prompt_of(f"Edit.\n\n```python\n{before}```", after)
+    assert is_right(prompt, f"Here:\n```diff\n{diff}```")
+    assert is_right(prompt, f"```python\n{after}```\nThat is all.")
+    assert not is_right(prompt, f"```python\n{before}```")
+    assert not is_right(prompt, after)
+
+
+@pytest.mark.parametrize(
+    ("body", "right"),
+    [
+        ("return x + 1", True),
+        ("return x", False),
+        ("raise SystemExit(0)", False),
+        ("return", False),
+        ("return (", False),
+    ],
+)
+def test_a_function_is_run(body, right):
+    prompt = prompt_of(check=(("f(1)", "2"), ("f(-1)", "0")))
+    assert is_right(prompt, f"```python\ndef f(x):\n    {body}\n```") == right
+
+
+def test_a_function_that_does_not_end_is_wrong(monkeypatch):
+    monkeypatch.setattr(exact, "_SECONDS", 0.5)
+    assert not is_right(prompt_of(check=(("f()", "1"),)), "```python\ndef f():\n    while True: pass\n```")
+    with pytest.raises(ValueError, match="x-01"):
+        is_right(prompt_of(), "")
+
+
+def test_every_frozen_answer_is_right_and_every_request_alone_wrong():
+    for prompt in (p for name in ("math", "edits") for p in load(name)):
+        answered = f"Answer: {prompt.answer}" if "math" in prompt.id else f"```python\n{prompt.answer}```"
+        assert is_right(prompt, answered)
+        assert not is_right(prompt, prompt.messages[-1]["content"] + "\n")
+
+
+def test_exact_answers_are_of_greedy_completions():
+    """The counting model goes on with the code after the last one, and never gives an answer."""
+    wanted = [prompt_of(answer="5"), prompt_of("again", answer="5")]
+    assert exact_answers(counter(), wanted, max_new_tokens=8).tolist() == [[0.0], [0.0]]
 
 
 def test_speed_is_compared_side_by_side():
@@ -138,7 +183,7 @@ def test_commands_print_write_and_draw(folders, capsys, tmp_path):
     assert json.loads((tmp_path / "s.json").read_text())["speed"][0]["factor"]["runs"] == 1
     both = ("--model", folders / "1", "--against", folders / "0", "--texts", 2)
     run("eval", "quality", *both, "--json", tmp_path / "q.json", "--picture", tmp_path / "q.svg")
-    assert len(json.loads((tmp_path / "q.json").read_text())["quality"]) == 6
+    assert len(json.loads((tmp_path / "q.json").read_text())["quality"]) == 7
     assert "<svg" in (tmp_path / "q.svg").read_text()
 
 

@@ -62,6 +62,11 @@ def add_eval(commands: argparse._SubParsersAction) -> None:
     quality.add_argument("--model", type=Path, required=True, metavar="DIR", help="what is compared")
     quality.add_argument("--against", type=Path, required=True, metavar="DIR", help="the reference")
     quality.add_argument("--texts", type=positive, default=40, metavar="N", help="a scenario (default: 40)")
+    quality.add_argument(
+        "--run-code",
+        action="store_true",
+        help="also run the functions that the models write, in processes of their own: no sandbox",
+    )
     quality.set_defaults(handler="mimo_jax.evaluation.commands:eval_quality")
     for kind in (acceptance, quality):
         kind.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")

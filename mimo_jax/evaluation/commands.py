@@ -17,8 +17,9 @@ from mimo_jax.arguments import load_generator, output_file
 from mimo_jax.evaluation import pictures, tables
 from mimo_jax.evaluation.acceptance import measure
 from mimo_jax.evaluation.bench import as_json, bench_context, bench_decode
+from mimo_jax.evaluation.prompts import load
 from mimo_jax.evaluation.quality import compare_exact, compare_perplexity, exact_answers, losses
-from mimo_jax.evaluation.scenarios import SCENARIOS, checked_prompts, held_out_texts, prompts
+from mimo_jax.evaluation.scenarios import SCENARIOS, held_out_texts, prompts
 from mimo_jax.evaluation.speed import compare_speed
 from mimo_jax.generate import Generator
 from mimo_jax.progress import counting_bar, output_console, require_matplotlib
@@ -81,12 +82,12 @@ def eval_quality(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.model} and {arguments.against} have different tokenizers: nothing to compare")
     longest = min(g.model.config.max_positions for g in both)
     texts = {name: held_out_texts(tokenizer, name, arguments.texts, longest) for name in SCENARIOS}
-    ids, answers = checked_prompts(tokenizer)
+    checked = ("math", "edits", "code") if arguments.run_code else ("math", "edits")
     with counting_bar("texts", 2 * sum(map(len, texts.values()))) as advance:
         lost = {name: [losses(g, t, lambda: advance(1)) for g in both] for name, t in texts.items()}
-    right = [exact_answers(g, ids, answers) for g in both]
+        right = {name: [exact_answers(g, load(name)) for g in both] for name in checked}
     found = [compare_perplexity(f"perplexity, {name}", first, second) for name, (first, second) in lost.items()]
-    found.append(compare_exact("exact answers, math", right[0], right[1]))
+    found += [compare_exact(f"exact answers, {name}", first, second) for name, (first, second) in right.items()]
     named = f"{arguments.model} against {arguments.against}"
     _report([tables.quality(found)], {"quality": [r.as_json() for r in found]}, named, arguments.json)
     if arguments.picture:

@@ -3,19 +3,19 @@
 Both see the same text and prompts, so differences are paired: intervals are bootstrapped over documents and prompts.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mimo_jax.evaluation.exact import is_right
+from mimo_jax.evaluation.prompts import Prompt
 from mimo_jax.evaluation.score import log_probabilities
 from mimo_jax.generate import Generator
 from mimo_jax.request import SamplingParams
 
 _RESAMPLES = 2000
-_NUMBER = re.compile(r"Answer:\s*(-?[\d.,/]+)")
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,11 @@ def compare_perplexity(name: str, first: np.ndarray, second: np.ndarray, seed: i
     return _compared(name, first, second, perplexity, seed)
 
 
-def exact_answers(
-    generator: Generator, prompts: Sequence[Sequence[int]], answers: Sequence[str], *, max_new_tokens: int = 256
-) -> np.ndarray:
-    """[prompts, 1]: 1 where the greedy answer's last `Answer: N` is the number expected, else 0."""
-    completions = generator.generate_batch(prompts, SamplingParams(max_new_tokens=max_new_tokens))
-    found = [_NUMBER.findall(c.text) for c in completions]
-    right = [bool(f) and f[-1].rstrip(".,") == a for f, a in zip(found, answers, strict=True)]
+def exact_answers(generator: Generator, prompts: Sequence[Prompt], *, max_new_tokens: int = 256) -> np.ndarray:
+    """[prompts, 1]: 1 where the greedy answer is right, else 0."""
+    asked = [generator.tokenizer.encode_chat(p.messages) for p in prompts]
+    completions = generator.generate_batch(asked, SamplingParams(max_new_tokens=max_new_tokens))
+    right = [is_right(p, c.text) for p, c in zip(prompts, completions, strict=True)]
     return np.array(right, np.float64)[:, None]
 
 

@@ -6,18 +6,12 @@ from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training.corpus.mixture import held_out
 from mimo_jax.training.tokens import tokenize
 
-__all__ = ["SCENARIOS", "checked_prompts", "held_out_texts", "prompts"]
+__all__ = ["SCENARIOS", "held_out_texts", "prompts"]
 
 
 def prompts(tokenizer: Tokenizer, scenario: str) -> list[list[int]]:
     """The frozen prompts of a scenario."""
     return [tokenizer.encode_chat(p.messages) for p in load(scenario)]
-
-
-def checked_prompts(tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:
-    """The frozen mathematical prompts and the numbers that answer them."""
-    found = [(tokenizer.encode_chat(p.messages), p.answer) for p in load("math") if p.answer is not None]
-    return [ids for ids, _ in found], [answer for _, answer in found]
 
 
 def held_out_texts(tokenizer: Tokenizer, scenario: str, count: int, longest: int) -> list[Text]:

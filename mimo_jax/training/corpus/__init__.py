@@ -19,7 +19,7 @@ class Document:
     """One training example: a conversation, or plain text."""
 
     scenario: str
-    """`web`, `math`, `code`, `chat` or `edits`."""
+    """`web`, `math`, `code`, `chat`, `edits` or `drills`."""
     messages: tuple[dict[str, str], ...] = ()
     """Role (user or assistant, in turns) and content; empty for plain text."""
     text: str | None = None

@@ -7,6 +7,7 @@ from itertools import count as count_from
 from mimo_jax.training.corpus import (
     Document,
     dialogues,
+    drills,
     edits,
     functions,
     is_reserved,
@@ -21,9 +22,11 @@ _GENERATORS: dict[str, Callable[[random.Random], Document]] = {
     "code": functions.generate,
     "chat": dialogues.generate,
     "edits": edits.generate,
+    "drills": drills.generate,
 }
 SOURCES = (*_GENERATORS, "library")
-"""What documents are drawn from: the five scenarios, and Python's own library, whose documents belong to `code` too."""
+"""What documents are drawn from: the five scenarios, drills, and Python's own library, whose documents belong to `code`
+too."""
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "web": web.TEMPLATES,
@@ -31,10 +34,13 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "code": functions.TEMPLATES,
     "chat": dialogues.TEMPLATES,
     "edits": edits.TEMPLATES,
+    "drills": drills.TEMPLATES,
 }
 """Format strings of every request that can occur in training, by scenario."""
 
-DEFAULT_MIXTURE: dict[str, float] = {"web": 1.0, "math": 2.0, "code": 1.5, "library": 0.6, "chat": 2.0, "edits": 1.5}
+DEFAULT_MIXTURE: dict[str, float] = {
+    "web": 1.0, "math": 2.0, "code": 1.5, "library": 0.6, "chat": 2.0, "edits": 1.5, "drills": 3.0,
+}  # fmt: skip
 """How often documents of each source are drawn; web pages and library sources are longer than the others."""
 
 
