@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mimo_jax.generate import Generator
+    from sharding.topology import Topology
 
 
 def positive(text: str) -> int:
@@ -52,6 +53,53 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         help="row order of fused qkv weights, where the files do not prove it (default: auto)",
     )
     group.add_argument("--draft-rope-theta", type=float, metavar="BASE", help="replaces the drafter's rope_theta")
+
+
+def topology_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a model is spread over devices, under the names that serving engines use."""
+    group = parser.add_argument_group("topology")
+    group.add_argument(
+        "--tensor-parallel-size", "--tp-size", type=positive, default=1, metavar="N", help="devices in all (default: 1)"
+    )
+    group.add_argument(
+        "--data-parallel-size",
+        "--dp-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="groups that attention splits sequences over (default: 1)",
+    )
+    group.add_argument(
+        "--expert-parallel-size",
+        "--ep-size",
+        "--ep",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="parts of the set of experts; the devices left over slice every expert (default: 1)",
+    )
+    group.add_argument("--enable-dp-attention", action="store_true", help="run attention once in every group")
+    group.add_argument("--enable-dp-lm-head", action="store_true", help="cut the vocabulary within each group")
+    group.add_argument(
+        "--moe-dense-tp-size",
+        type=positive,
+        metavar="N",
+        help="1: whole dense MLPs on every device (default: cut as attention is)",
+    )
+
+
+def topology_of(arguments: argparse.Namespace) -> "Topology":
+    """The topology that `topology_arguments` describe; raises `TopologyError` if its numbers cannot work together."""
+    from sharding.topology import Topology
+
+    return Topology(
+        tensor_parallel=arguments.tensor_parallel_size,
+        data_parallel=arguments.data_parallel_size,
+        expert_parallel=arguments.expert_parallel_size,
+        dp_attention=arguments.enable_dp_attention,
+        dp_lm_head=arguments.enable_dp_lm_head,
+        dense_tensor_parallel=arguments.moe_dense_tp_size,
+    )
 
 
 def load_generator(arguments: argparse.Namespace) -> "Generator":

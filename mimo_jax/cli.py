@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mimo_jax.arguments import model_arguments, positive
+from mimo_jax.arguments import model_arguments, positive, topology_arguments
 from mimo_jax.evaluation.arguments import add_bench, add_eval
 from mimo_jax.training.arguments import add_train
 
@@ -60,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Run MiMo-V2 models with DFlash speculative decoding from Hugging Face checkpoint folders.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_generate, _inspect, _synthesize, _quantize, _score, _score_draft, add_bench, add_eval, add_train):
+    own = (_generate, _inspect, _topology, _synthesize, _quantize, _score, _score_draft)
+    for add in (*own, add_bench, add_eval, add_train):
         add(commands)
     _debug(parser)
     return parser
@@ -136,6 +137,23 @@ def _inspect(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--qkv-layout", choices=("auto", "chunked", "canonical"), default="auto")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     parser.set_defaults(handler="mimo_jax.commands:inspect")
+
+
+def _topology(commands: argparse._SubParsersAction) -> None:
+    from mimo_jax.presets import PRESETS
+
+    parser = commands.add_parser(
+        "topology",
+        help="what each device would hold",
+        description="Draw which device holds which heads, experts, vocabulary rows and sequences, or say why a model "
+        "cannot be spread so. Needs neither the devices nor the weights.",
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder; only its config.json is read")
+    model.add_argument("--preset", choices=sorted(PRESETS), help="a size that is known by name")
+    topology_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.set_defaults(handler="mimo_jax.commands:topology")
 
 
 def _synthesize(commands: argparse._SubParsersAction) -> None:

@@ -15,8 +15,7 @@ from mimo_jax.drafter import Drafter
 from mimo_jax.params import Declared, Params
 from mimo_jax.speculative import ModelParams, Models
 from mimo_jax.tokenizer import Tokenizer
-from sharding.mesh import make_mesh
-from sharding.rules import named_sharding
+from sharding.topology import Topology
 
 logger = logging.getLogger(__name__)
 
@@ -109,10 +108,11 @@ def load_model(
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
     storage = options.storage or default_storage(backbone.shapes)
 
-    mesh = make_mesh()
+    topology = Topology()
+    mesh = topology.mesh()
 
     def placed(axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        return named_sharding(mesh, axes)
+        return topology.sharding(mesh, axes)
 
     def read(component: str, source: BackboneCheckpoint | DrafterCheckpoint, declared: Declared) -> Params:
         done = 0

@@ -1,0 +1,149 @@
+"""What each device holds of a model under a topology, and whether the model can be cut that way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mimo_jax.config import AttentionConfig, BackboneConfig, DrafterConfig
+from sharding.topology import Topology, TopologyError
+
+_MX_BLOCK = 32
+_FP8_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What one device has: half-open ranges of the whole."""
+
+    device: int
+    data: int
+    """Its row of the mesh: the data-parallel group whose sequences it attends to."""
+    tensor: int
+    """Its column of the mesh."""
+    heads: tuple[int, int]
+    """Query heads, of every layer."""
+    kv_heads: dict[str, tuple[int, int]]
+    """Key-value heads, by kind of layer."""
+    experts: tuple[int, int]
+    expert_columns: tuple[int, int]
+    """Of each of its experts' inner size."""
+    vocabulary: tuple[int, int]
+    dense_columns: tuple[int, int]
+    """Of dense MLPs' inner size."""
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return vars(self)
+
+
+def check(topology: Topology, config: BackboneConfig, drafter: DrafterConfig | None = None) -> None:
+    """Raise if a model cannot be cut this way.
+
+    Raises:
+        TopologyError: With the numbers that do not divide.
+    """
+    attentions = _attentions(config) | ({"drafter": drafter.attention} if drafter else {})
+    for name, attention in attentions.items():
+        width, kv_heads = topology.width("heads"), attention.kv_heads
+        _divides(attention.heads, width, f"{attention.heads} heads of {name} attention")
+        if kv_heads % width and width % kv_heads:
+            raise TopologyError(
+                f"{kv_heads} KV heads of {name} attention neither divide by {width} devices nor does their "
+                f"number divide them, so that each could be copied to equally many"
+            )
+    if drafter is not None and topology.data_parallel > 1 and not topology.dp_lm_head:
+        raise TopologyError("drafts under DP attention need a DP LM head: every group picks its own tokens")
+    _divides(config.vocab_size, topology.width("vocab"), f"a vocabulary of {config.vocab_size}")
+    _divides(config.moe.experts, topology.width("expert"), f"{config.moe.experts} experts")
+    quantized = config.quantization
+    block = 1 if quantized is None else _MX_BLOCK if quantized.expert_format == "mxfp4" else _FP8_BLOCK
+    slices = topology.width("expert_inner")
+    _divides(config.moe.intermediate, slices, f"an expert's inner size of {config.moe.intermediate}", block)
+    width = topology.width("mlp")
+    block = 1 if quantized is None else _FP8_BLOCK
+    _divides(config.dense_intermediate, width, f"a dense inner size of {config.dense_intermediate}", block)
+    if drafter is not None:
+        _divides(drafter.intermediate, width, f"the drafter's inner size of {drafter.intermediate}")
+
+
+def holdings(topology: Topology, config: BackboneConfig) -> list[Holding]:
+    """What every device holds, in the order of the devices.
+
+    Raises:
+        TopologyError: As `check`.
+    """
+    check(topology, config)
+    rules = topology.rules
+    found = []
+    for data, tensor in product(range(topology.data_parallel), range(topology.attention_tensor)):
+        at = {"data": data, "tensor": tensor}
+
+        def part(logical: str, whole: int, at: dict[str, int] = at) -> tuple[int, int]:
+            axes = rules[logical]
+            index = 0
+            for axis in (axes,) if isinstance(axes, str) else axes or ():
+                size = topology.data_parallel if axis == "data" else topology.attention_tensor
+                index = index * size + at[axis]
+            size = whole // topology.width(logical)
+            return index * size, (index + 1) * size
+
+        heads = part("heads", config.full.heads)
+        found.append(
+            Holding(
+                device=len(found),
+                data=data,
+                tensor=tensor,
+                heads=heads,
+                kv_heads={name: _kv_heads(part("heads", a.heads), a) for name, a in _attentions(config).items()},
+                experts=part("expert", config.moe.experts),
+                expert_columns=part("expert_inner", config.moe.intermediate),
+                vocabulary=part("vocab", config.vocab_size),
+                dense_columns=part("mlp", config.dense_intermediate),
+            )
+        )
+    return found
+
+
+def draw(topology: Topology, found: Sequence[Holding], console: Console) -> None:
+    """Print what every device holds, for people."""
+    mesh = f"data {topology.data_parallel} x tensor {topology.attention_tensor}"
+    split = f", sequences are split over {topology.data_parallel} groups" if topology.data_parallel > 1 else ""
+    console.print(f"{topology.tensor_parallel} devices, mesh {mesh}{split}", highlight=False)
+    kinds = list(found[0].kv_heads)
+    names = ("device", "data", "tensor", "heads", *(f"KV {kind}" for kind in kinds), "experts", "their columns")
+    table = Table(show_edge=False)
+    for name in (*names, "vocabulary", "dense columns"):
+        table.add_column(name, no_wrap=True)
+    for one in found:
+        parts = (one.heads, *(one.kv_heads[kind] for kind in kinds))
+        parts += (one.experts, one.expert_columns, one.vocabulary, one.dense_columns)
+        table.add_row(f"{one.device}", f"{one.data}", f"{one.tensor}", *map(_range, parts))
+    console.print(table)
+
+
+def _range(part: tuple[int, int]) -> str:
+    first, end = part
+    return f"{first}" if end == first + 1 else f"{first}-{end - 1}"
+
+
+def _attentions(config: BackboneConfig) -> dict[str, AttentionConfig]:
+    """The kinds of attention that a model has."""
+    kinds = {layer.attention for layer in config.layers}
+    return {name: a for name, a in (("full", config.full), ("swa", config.swa)) if name in kinds}
+
+
+def _kv_heads(heads: tuple[int, int], attention: AttentionConfig) -> tuple[int, int]:
+    """Key-value heads that a range of query heads reads."""
+    group = attention.heads // attention.kv_heads
+    return heads[0] // group, -(-heads[1] // group)
+
+
+def _divides(whole: int, width: int, name: str, block: int = 1) -> None:
+    """Raise unless `whole` falls into `width` parts of whole blocks; one part may end in a part of a block."""
+    if width > 1 and whole % (width * block):
+        blocks = f" of whole blocks of {block}" if block > 1 else ""
+        raise TopologyError(f"{name} cannot be cut into {width} equal parts{blocks}")

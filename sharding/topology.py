@@ -1,0 +1,138 @@
+"""How a model is spread over devices: the numbers a person gives, the mesh they make, and what each axis cuts.
+
+The mesh is `data` x `tensor`. Attention is cut by heads over `tensor`, and its sequences over `data`. Experts lie over
+both axes: whole ones, slices of every one, or slices over one axis and whole ones over the other.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+Axes = str | tuple[str, ...] | None
+"""Mesh axes that a dimension is cut over; None: every device has all of it."""
+
+
+class TopologyError(ValueError):
+    """Numbers that do not fit each other, the devices or the model."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Parallel sizes, in the words of serving engines: `tensor_parallel` counts all devices.
+
+    Raises:
+        TopologyError: The numbers cannot work together.
+    """
+
+    tensor_parallel: int = 1
+    """Devices in all."""
+    data_parallel: int = 1
+    """Groups that attention splits sequences over; more than 1 needs `dp_attention`."""
+    expert_parallel: int = 1
+    """Parts that the set of experts falls into; the devices left over slice every expert."""
+    dp_attention: bool = False
+    """Attention runs once in every data-parallel group, over tensor_parallel / data_parallel devices."""
+    dp_lm_head: bool = False
+    """The vocabulary is cut within a data-parallel group, rather than over all devices."""
+    dense_tensor_parallel: int | None = None
+    """1: every device holds whole dense MLPs; default: they are cut as attention is."""
+
+    def __post_init__(self) -> None:
+        tensor, data, expert = self.tensor_parallel, self.data_parallel, self.expert_parallel
+        for name in ("tensor_parallel", "data_parallel", "expert_parallel", "dense_tensor_parallel"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise TopologyError(f"{name} must be at least 1, not {size}")
+        if data > 1 and not self.dp_attention:
+            raise TopologyError(
+                f"data_parallel {data} without DP attention means {data} copies of the model: run {data} servers, or "
+                f"enable DP attention"
+            )
+        if tensor % data:
+            raise TopologyError(
+                f"{tensor} devices (tensor_parallel) do not split into {data} data-parallel groups of one size"
+            )
+        if expert not in (widths := (1, data, self.attention_tensor, tensor)):
+            known = ", ".join(map(str, sorted(set(widths))))
+            raise TopologyError(
+                f"expert_parallel {expert} is no part of a mesh of data={data} x tensor={self.attention_tensor}; "
+                f"it may be {known}"
+            )
+        if self.dp_lm_head and not self.dp_attention:
+            raise TopologyError("a DP LM head needs DP attention")
+        if self.dense_tensor_parallel not in (None, 1, self.attention_tensor):
+            raise TopologyError(
+                f"dense_tensor_parallel {self.dense_tensor_parallel} is neither 1 (whole dense MLPs on every device) "
+                f"nor {self.attention_tensor} (cut as attention is)"
+            )
+
+    @property
+    def attention_tensor(self) -> int:
+        """Devices that attention's heads are cut over: the mesh's `tensor` axis."""
+        return self.tensor_parallel // self.data_parallel
+
+    @property
+    def expert_slices(self) -> int:
+        """Slices that every expert is cut into."""
+        return self.tensor_parallel // self.expert_parallel
+
+    @property
+    def rules(self) -> Mapping[str, Axes]:
+        """The table from the logical axes that arrays name to the mesh axes that cut them."""
+        expert, inner = self._expert_axes()
+        return {
+            "batch": "data",
+            "layers": None,
+            "vocab": "tensor" if self.dp_lm_head else ("data", "tensor"),
+            "embed": None,
+            "features": None,
+            "heads": "tensor",
+            "kv_heads": "tensor",
+            "head_dim": None,
+            "mlp": None if self.dense_tensor_parallel == 1 else "tensor",
+            "expert": expert,
+            "gate_up": None,
+            "expert_inner": inner,
+        }
+
+    def _expert_axes(self) -> tuple[Axes, Axes]:
+        """Axes of whole experts and of slices."""
+        both, parts = ("data", "tensor"), self.expert_parallel
+        if parts == self.tensor_parallel:
+            return both, None
+        if parts == 1:
+            return None, both
+        return ("data", "tensor") if parts == self.data_parallel else ("tensor", "data")
+
+    def width(self, logical: str) -> int:
+        """Pieces that a logical axis is cut into."""
+        sizes = {"data": self.data_parallel, "tensor": self.attention_tensor}
+        axes = self.rules[logical]
+        return int(np.prod([sizes[a] for a in ((axes,) if isinstance(axes, str) else axes or ())], dtype=int))
+
+    def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh, row by row from `devices` (default: this process's view of all devices).
+
+        Raises:
+            TopologyError: There are fewer devices than it needs.
+        """
+        devices = jax.devices() if devices is None else list(devices)
+        shape = (self.data_parallel, self.attention_tensor)
+        if self.tensor_parallel > len(devices):
+            raise TopologyError(
+                f"a mesh of data={shape[0]} x tensor={shape[1]} needs {self.tensor_parallel} devices, "
+                f"found {len(devices)}"
+            )
+        grid = np.array(devices[: self.tensor_parallel]).reshape(shape)
+        return Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+    def sharding(self, mesh: Mesh, axes: Sequence[str]) -> NamedSharding:
+        """The sharding of an array whose dimensions have these logical names.
+
+        Raises:
+            KeyError: A name that `rules` does not have.
+        """
+        return NamedSharding(mesh, PartitionSpec(*(self.rules[axis] for axis in axes)))
