@@ -53,6 +53,7 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         help="row order of fused qkv weights, where the files do not prove it (default: auto)",
     )
     group.add_argument("--draft-rope-theta", type=float, metavar="BASE", help="replaces the drafter's rope_theta")
+    topology_arguments(parser)
 
 
 def topology_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +117,7 @@ def load_generator(arguments: argparse.Namespace) -> "Generator":
         router_dtype=arguments.router_dtype,
         qkv_layout=arguments.qkv_layout,
         draft_rope_theta=arguments.draft_rope_theta,
+        topology=topology_of(arguments),
     )
 
 

@@ -13,6 +13,7 @@ from mimo_jax.checkpoint import BackboneCheckpoint, DrafterCheckpoint
 from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig
 from mimo_jax.drafter import Drafter
 from mimo_jax.params import Declared, Params
+from mimo_jax.placement import check
 from mimo_jax.speculative import ModelParams, Models
 from mimo_jax.tokenizer import Tokenizer
 from sharding.topology import Topology
@@ -42,6 +43,8 @@ class LoadOptions:
     """Row order of a fused qkv weight, where the checkpoint does not prove it."""
     draft_rope_theta: float | None = None
     """Replaces the drafter's RoPE base."""
+    topology: Topology = field(default_factory=Topology)
+    """How weights lie on devices; everything computed from them follows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +94,7 @@ def load_model(
 
     Raises:
         ConfigError, CheckpointError, TokenizerError: With the file and key, tensor or token that is wrong.
+        TopologyError: The model cannot be cut that way, or there are too few devices.
     """
     config = BackboneConfig.from_folder(
         folder, swa_visible_keys=options.swa_visible_keys, router_dtype=options.router_dtype
@@ -105,14 +109,13 @@ def load_model(
         drafter_config.check_fits(config)
         drafter = _declare_drafter(drafter_config, dtype)
         drafter_checkpoint = DrafterCheckpoint(drafter_folder, drafter_config)
+    check(options.topology, config, drafter_config)
+    mesh = options.topology.mesh()
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
     storage = options.storage or default_storage(backbone.shapes)
 
-    topology = Topology()
-    mesh = topology.mesh()
-
     def placed(axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        return topology.sharding(mesh, axes)
+        return options.topology.sharding(mesh, axes, shape)
 
     def read(component: str, source: BackboneCheckpoint | DrafterCheckpoint, declared: Declared) -> Params:
         done = 0

@@ -129,10 +129,15 @@ class Topology:
         grid = np.array(devices[: self.tensor_parallel]).reshape(shape)
         return Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
 
-    def sharding(self, mesh: Mesh, axes: Sequence[str]) -> NamedSharding:
-        """The sharding of an array whose dimensions have these logical names.
+    def sharding(self, mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
+        """The sharding of an array whose dimensions have these logical names and sizes.
+
+        A dimension that does not divide is kept whole: scales of a few rows, one for many rows of codes.
 
         Raises:
             KeyError: A name that `rules` does not have.
         """
-        return NamedSharding(mesh, PartitionSpec(*(self.rules[axis] for axis in axes)))
+        cut = (
+            self.rules[axis] if size % self.width(axis) == 0 else None for axis, size in zip(axes, shape, strict=True)
+        )
+        return NamedSharding(mesh, PartitionSpec(*cut))

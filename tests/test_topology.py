@@ -81,18 +81,28 @@ def test_holdings_are_what_jax_places(expert_parallel, dp_lm_head):
     config = configs("mimo-v2.5-pro")[0]
     mesh = topology.mesh()
     shape = (config.moe.experts, config.moe.intermediate)
-    experts = topology.sharding(mesh, ("expert", "expert_inner")).devices_indices_map(shape)
-    words = topology.sharding(mesh, ("vocab",)).devices_indices_map((config.vocab_size,))
+    experts = topology.sharding(mesh, ("expert", "expert_inner"), shape).devices_indices_map(shape)
+    words = (config.vocab_size,)
+    rows = topology.sharding(mesh, ("vocab",), words).devices_indices_map(words)
     seen = np.zeros(shape, int)
     for one, device in zip(holdings(topology, config), mesh.devices.flat, strict=True):
         assert _ranges(experts[device], shape) == [one.experts, one.expert_columns]
-        assert _ranges(words[device], (config.vocab_size,)) == [one.vocabulary]
+        assert _ranges(rows[device], words) == [one.vocabulary]
         seen[slice(*one.experts), slice(*one.expert_columns)] += 1
     assert (seen == 1).all()
 
 
 def _ranges(index, shape):
     return [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+
+
+def test_what_does_not_divide_is_kept_whole():
+    topology = Topology(8)
+    mesh = topology.mesh()
+    assert topology.sharding(mesh, ("heads", "embed"), (16, 6)).spec == jax.P("tensor", None)
+    assert topology.sharding(mesh, ("heads", "embed"), (6, 6)).spec == jax.P(None, None)
+    with pytest.raises(KeyError, match="colour"):
+        topology.sharding(mesh, ("colour",), (8,))
 
 
 @pytest.mark.parametrize(("width", "kv_heads"), [(2, (0, 4)), (8, (0, 1)), (16, (0, 1))])

@@ -1,0 +1,70 @@
+"""Decoding on meshes: the same tokens as on one device, greedy and sampled, with weights where the topology says."""
+
+import jax
+import pytest
+
+from mimo_jax.cli import main
+from mimo_jax.generate import Generator
+from mimo_jax.request import SamplingParams
+from mimo_jax.synthesize import synthesize
+from sharding.topology import Topology
+
+PROMPTS = ([5, 6, 7, 8, 9] * 9, [300, 17], [44])
+SETTINGS = [SamplingParams(max_new_tokens=20, temperature=t, seed=3) for t in (0.0, 1.0, 0.7)]
+ONE = Topology()
+TWO_BY_TWO = Topology(4, 2, 4, dp_attention=True, dp_lm_head=True, dense_tensor_parallel=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sharded") / "tiny"
+    synthesize("tiny", out, seed=11)
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    return tokens(folder, ONE)
+
+
+def tokens(folder, topology, storage="expanded"):
+    generator = Generator.load(folder, topology=topology, storage=storage, progress=False)
+    return [c.token_ids for c in generator.generate_batch(PROMPTS, SETTINGS)]
+
+
+def test_two_groups_of_two(folder, expected):
+    assert tokens(folder, TWO_BY_TWO) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["expanded", "packed"])
+@pytest.mark.parametrize(
+    "topology",
+    [
+        Topology(2),
+        Topology(2, expert_parallel=2),
+        Topology(8, expert_parallel=8, dense_tensor_parallel=1),
+        Topology(4, 2, 2, dp_attention=True, dp_lm_head=True),
+        Topology(8, 8, 8, dp_attention=True, dp_lm_head=True),
+        Topology(8, 4, 4, dp_attention=True, dp_lm_head=True, dense_tensor_parallel=1),
+    ],
+)
+def test_any_topology(folder, expected, topology, storage):
+    assert tokens(folder, topology, storage) == expected
+
+
+@pytest.mark.parametrize("storage", ["expanded", "packed"])
+def test_weights_lie_where_the_topology_says(folder, storage):
+    """Each device's share of all weights: experts and vocabulary in quarters or halves, attention in halves."""
+    model = Generator.load(folder, topology=TWO_BY_TWO, storage=storage, progress=False).model
+    experts = model.params.backbone["layers"]["swa_moe"]["mlp"]["down"]
+    shards = [leaf.addressable_shards for leaf in jax.tree.leaves(experts)]
+    assert all(s.data.shape[1] == 16 // 4 for leaf in shards for s in leaf)
+    assert {s.index[1].start for s in shards[0]} == {0, 4, 8, 12}
+    head = model.params.backbone["lm_head"]
+    assert [s.data.shape[0] for s in head.addressable_shards] == [256] * 4
+
+
+def test_too_few_devices_are_said_before_anything_is_read(folder, capsys):
+    assert main(["generate", "--model", str(folder), "--prompt", "x", "--tp-size", "64", "--ep-size", "64"]) == 2
+    assert "cannot be cut into 64" in capsys.readouterr().err
