@@ -27,6 +27,7 @@ from mimo_jax.training.backbone_training import BackboneTrainer, backbone_step
 from mimo_jax.training.corpus.mixture import documents
 from mimo_jax.training.drafter_training import DrafterTrainer, drafter_step
 from mimo_jax.training.fake_quantization import as_stored
+from mimo_jax.training.induction import with_induction
 from mimo_jax.training.initialization import initial_params
 from mimo_jax.training.loop import Run
 from mimo_jax.training.optimizers import OptimizerConfig, TrainState, make_optimizer
@@ -73,7 +74,7 @@ def train_backbone(arguments: argparse.Namespace) -> None:
     trainer = BackboneTrainer(backbone, make_optimizer(backbone.axes, optimizer, arguments.steps), arguments.qat)
     settings = {"qat": arguments.qat, "start_from": _named(arguments.start_from)}
     run = Run(arguments.out, settings | _settings(arguments, optimizer, tokens))
-    params = initial_params(backbone, len(config.layers), arguments.seed)
+    params = with_induction(initial_params(backbone, len(config.layers), arguments.seed), config, arguments.seed)
     if arguments.start_from is not None:
         earlier = Run.settings_of(arguments.start_from)["preset"]
         if earlier != arguments.preset:
