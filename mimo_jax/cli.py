@@ -149,7 +149,9 @@ def _topology(commands: argparse._SubParsersAction) -> None:
         "cannot be spread so. Needs neither the devices nor the weights.",
     )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder; only its config.json is read")
+    model.add_argument(
+        "--model", type=Path, metavar="DIR", help="checkpoint folder; only its and its drafter's config.json are read"
+    )
     model.add_argument("--preset", choices=sorted(PRESETS), help="a size that is known by name")
     topology_arguments(parser)
     parser.add_argument("--json", action="store_true", help="as one JSON object")

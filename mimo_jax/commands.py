@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from mimo_jax.arguments import load_generator, output_file, topology_of
-from mimo_jax.config import BackboneConfig, DrafterConfig
+from mimo_jax.config import BackboneConfig, DrafterConfig, drafter_folder
 from mimo_jax.evaluation.score import score as score_ids
 from mimo_jax.evaluation.score import score_draft as score_blocks
 from mimo_jax.generate import Completion, Generator, Prompt
 from mimo_jax.inspection import describe, report
-from mimo_jax.placement import check, draw, holdings
+from mimo_jax.placement import draw, holdings
 from mimo_jax.presets import PRESETS
 from mimo_jax.progress import loading_bar, output_console
 from mimo_jax.quantize import quantize_checkpoint
@@ -91,11 +91,10 @@ def topology(arguments: argparse.Namespace) -> None:
     """`mimo-jax topology`."""
     chosen = topology_of(arguments)
     config, drafter = _configs(arguments)
-    check(chosen, config, drafter)
-    found = holdings(chosen, config)
+    found = holdings(chosen, config, drafter)
     if arguments.json:
-        mesh = {"data": chosen.data_parallel, "tensor": chosen.attention_tensor}
-        print(json.dumps({"mesh": mesh, "rules": dict(chosen.rules), "devices": [h.as_json() for h in found]}))
+        described = {"mesh": chosen.axes, "rules": dict(chosen.rules), "devices": [h.as_json() for h in found]}
+        print(json.dumps(described))
     else:
         draw(chosen, found, output_console())
 
@@ -103,12 +102,12 @@ def topology(arguments: argparse.Namespace) -> None:
 def _configs(arguments: argparse.Namespace) -> tuple[BackboneConfig, DrafterConfig | None]:
     """The configurations of a preset, or of a folder and its drafter."""
     if arguments.preset is not None:
-        preset = PRESETS[arguments.preset]
-        drafter = None if preset.drafter is None else DrafterConfig.from_hf(preset.drafter)
-        return BackboneConfig.from_hf(preset.backbone), drafter
-    folder = arguments.model / "dflash"
-    drafter = DrafterConfig.from_folder(folder) if folder.is_dir() else None
-    return BackboneConfig.from_folder(arguments.model), drafter
+        return PRESETS[arguments.preset].configs()
+    drafter = drafter_folder(arguments.model)
+    return (
+        BackboneConfig.from_folder(arguments.model),
+        None if drafter is None else DrafterConfig.from_folder(drafter),
+    )
 
 
 def synthesize(arguments: argparse.Namespace) -> None:

@@ -302,6 +302,12 @@ class DrafterConfig:
             )
 
 
+def drafter_folder(model: Path) -> Path | None:
+    """Where a checkpoint's own drafter lies, if it has one."""
+    folder = model / "dflash"
+    return folder if folder.is_dir() else None
+
+
 def _rope(keys: Keys) -> Keys:
     inner: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):  # two names of one thing

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mimo_jax.checkpoint import BackboneCheckpoint, DrafterCheckpoint
 from mimo_jax.checkpoint_plan import Part, Summary
-from mimo_jax.config import AttentionConfig, BackboneConfig, DrafterConfig
+from mimo_jax.config import AttentionConfig, BackboneConfig, DrafterConfig, drafter_folder
 from mimo_jax.qkv_layout import QkvLayout
 
 
@@ -36,10 +36,10 @@ def describe(folder: Path, qkv_layout: QkvLayout = "auto") -> dict[str, Any]:
         },
         "drafter": None,
     }
-    if (folder / "dflash").is_dir():
-        drafter_config = DrafterConfig.from_folder(folder / "dflash")
+    if (own := drafter_folder(folder)) is not None:
+        drafter_config = DrafterConfig.from_folder(own)
         drafter_config.check_fits(config)
-        drafter = DrafterCheckpoint(folder / "dflash", drafter_config)
+        drafter = DrafterCheckpoint(own, drafter_config)
         result["drafter"] = {
             **_summary(drafter.summary),
             "layers": drafter_config.num_layers,

@@ -10,7 +10,7 @@ import jax
 
 from mimo_jax.backbone import Backbone
 from mimo_jax.checkpoint import BackboneCheckpoint, DrafterCheckpoint
-from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig
+from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig, drafter_folder
 from mimo_jax.drafter import Drafter
 from mimo_jax.params import Declared, Params
 from mimo_jax.placement import check
@@ -102,13 +102,13 @@ def load_model(
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     backbone = Declared(lambda: Backbone(config, dtype))
     checkpoint = BackboneCheckpoint(folder, config, options.qkv_layout)
-    drafter_folder = _drafter_folder(folder, options.drafter)
+    drafter_at = _drafter_folder(folder, options.drafter)
     drafter = drafter_config = drafter_checkpoint = None
-    if drafter_folder is not None:
-        drafter_config = DrafterConfig.from_folder(drafter_folder, rope_theta=options.draft_rope_theta)
+    if drafter_at is not None:
+        drafter_config = DrafterConfig.from_folder(drafter_at, rope_theta=options.draft_rope_theta)
         drafter_config.check_fits(config)
         drafter = _declare_drafter(drafter_config, dtype)
-        drafter_checkpoint = DrafterCheckpoint(drafter_folder, drafter_config)
+        drafter_checkpoint = DrafterCheckpoint(drafter_at, drafter_config)
     check(options.topology, config, drafter_config)
     mesh = options.topology.mesh()
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
@@ -160,8 +160,7 @@ def _drafter_folder(folder: Path, choice: Path | str) -> Path | None:
     if choice == "none":
         return None
     if choice == "auto":
-        found = folder / "dflash"
-        return found if found.is_dir() else None
+        return drafter_folder(folder)
     chosen = Path(choice)
     if not chosen.is_dir():
         raise ConfigError(f"{chosen}: no such drafter folder")

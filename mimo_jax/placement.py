@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -70,34 +71,22 @@ def check(topology: Topology, config: BackboneConfig, drafter: DrafterConfig | N
         _divides(drafter.intermediate, width, f"the drafter's inner size of {drafter.intermediate}")
 
 
-def holdings(topology: Topology, config: BackboneConfig) -> list[Holding]:
+def holdings(topology: Topology, config: BackboneConfig, drafter: DrafterConfig | None = None) -> list[Holding]:
     """What every device holds, in the order of the devices.
 
     Raises:
         TopologyError: As `check`.
     """
-    check(topology, config)
-    rules = topology.rules
+    check(topology, config, drafter)
     found = []
     for data, tensor in product(range(topology.data_parallel), range(topology.attention_tensor)):
-        at = {"data": data, "tensor": tensor}
-
-        def part(logical: str, whole: int, at: dict[str, int] = at) -> tuple[int, int]:
-            axes = rules[logical]
-            index = 0
-            for axis in (axes,) if isinstance(axes, str) else axes or ():
-                size = topology.data_parallel if axis == "data" else topology.attention_tensor
-                index = index * size + at[axis]
-            size = whole // topology.width(logical)
-            return index * size, (index + 1) * size
-
-        heads = part("heads", config.full.heads)
+        part = partial(topology.part, data=data, tensor=tensor)
         found.append(
             Holding(
                 device=len(found),
                 data=data,
                 tensor=tensor,
-                heads=heads,
+                heads=part("heads", config.full.heads),
                 kv_heads={name: _kv_heads(part("heads", a.heads), a) for name, a in _attentions(config).items()},
                 experts=part("expert", config.moe.experts),
                 expert_columns=part("expert_inner", config.moe.intermediate),
@@ -110,9 +99,8 @@ def holdings(topology: Topology, config: BackboneConfig) -> list[Holding]:
 
 def draw(topology: Topology, found: Sequence[Holding], console: Console) -> None:
     """Print what every device holds, for people."""
-    mesh = f"data {topology.data_parallel} x tensor {topology.attention_tensor}"
-    split = f", sequences are split over {topology.data_parallel} groups" if topology.data_parallel > 1 else ""
-    console.print(f"{topology.tensor_parallel} devices, mesh {mesh}{split}", highlight=False)
+    mesh = " x ".join(f"{axis} {size}" for axis, size in topology.axes.items())
+    console.print(f"{topology.tensor_parallel} devices, mesh {mesh}", highlight=False)
     kinds = list(found[0].kv_heads)
     names = ("device", "data", "tensor", "heads", *(f"KV {kind}" for kind in kinds), "experts", "their columns")
     table = Table(show_edge=False)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mimo_jax.config import BackboneConfig, DrafterConfig
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -16,6 +18,18 @@ class Preset:
     """`dflash/config.json`."""
     mtp_layers: int
     """Multi-token-prediction blocks, which the files hold and this project does not use."""
+
+    def configs(self) -> tuple[BackboneConfig, DrafterConfig | None]:
+        """Both configurations.
+
+        Raises:
+            ConfigError: One contradicts itself, or the other.
+        """
+        config = BackboneConfig.from_hf(self.backbone)
+        drafter = None if self.drafter is None else DrafterConfig.from_hf(self.drafter)
+        if drafter is not None:
+            drafter.check_fits(config)
+        return config, drafter
 
 
 def quantization_config(layers: int, store_dtype: str | None) -> dict[str, Any]:

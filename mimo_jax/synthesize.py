@@ -75,12 +75,9 @@ def synthesize(
         if preset not in PRESETS:
             raise CheckpointError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
         preset = PRESETS[preset]
-    config = BackboneConfig.from_hf(preset.backbone)
+    config, drafter = preset.configs()
     if config.vocab_size < SMALLEST_VOCABULARY:
         raise ConfigError(f"vocab_size is {config.vocab_size}; the tokenizer written here needs {SMALLEST_VOCABULARY}")
-    drafter = DrafterConfig.from_hf(preset.drafter) if preset.drafter is not None else None
-    if drafter is not None:
-        drafter.check_fits(config)
     backbone_tensors = list(backbone_outputs(config, preset, seed))
     drafter_tensors = list(drafter_outputs(drafter, seed)) if drafter else []
 

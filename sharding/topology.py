@@ -6,6 +6,7 @@ both axes: whole ones, slices of every one, or slices over one axis and whole on
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import jax
 import numpy as np
@@ -75,16 +76,15 @@ class Topology:
         return self.tensor_parallel // self.data_parallel
 
     @property
-    def expert_slices(self) -> int:
-        """Slices that every expert is cut into."""
-        return self.tensor_parallel // self.expert_parallel
+    def axes(self) -> dict[str, int]:
+        """The mesh: names of its axes and their sizes, outermost first."""
+        return {"data": self.data_parallel, "tensor": self.attention_tensor}
 
     @property
     def rules(self) -> Mapping[str, Axes]:
         """The table from the logical axes that arrays name to the mesh axes that cut them."""
         expert, inner = self._expert_axes()
         return {
-            "batch": "data",
             "layers": None,
             "vocab": "tensor" if self.dp_lm_head else ("data", "tensor"),
             "embed": None,
@@ -109,9 +109,25 @@ class Topology:
 
     def width(self, logical: str) -> int:
         """Pieces that a logical axis is cut into."""
-        sizes = {"data": self.data_parallel, "tensor": self.attention_tensor}
+        return prod(self.axes[axis] for axis in self._cut_over(logical))
+
+    def part(self, logical: str, whole: int, **place: int) -> tuple[int, int]:
+        """The half-open range of a dimension of size `whole` that a device has.
+
+        Args:
+            logical: The dimension's name.
+            whole: Its size, which divides by `width`.
+            place: Where in the mesh the device stands, by axis.
+        """
+        index = 0
+        for axis in self._cut_over(logical):
+            index = index * self.axes[axis] + place[axis]
+        size = whole // self.width(logical)
+        return index * size, (index + 1) * size
+
+    def _cut_over(self, logical: str) -> tuple[str, ...]:
         axes = self.rules[logical]
-        return int(np.prod([sizes[a] for a in ((axes,) if isinstance(axes, str) else axes or ())], dtype=int))
+        return (axes,) if isinstance(axes, str) else axes or ()
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh, row by row from `devices` (default: this process's view of all devices).
@@ -120,14 +136,14 @@ class Topology:
             TopologyError: There are fewer devices than it needs.
         """
         devices = jax.devices() if devices is None else list(devices)
-        shape = (self.data_parallel, self.attention_tensor)
+        names, sizes = tuple(self.axes), tuple(self.axes.values())
         if self.tensor_parallel > len(devices):
             raise TopologyError(
-                f"a mesh of data={shape[0]} x tensor={shape[1]} needs {self.tensor_parallel} devices, "
+                f"a mesh of data={sizes[0]} x tensor={sizes[1]} needs {self.tensor_parallel} devices, "
                 f"found {len(devices)}"
             )
-        grid = np.array(devices[: self.tensor_parallel]).reshape(shape)
-        return Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
+        grid = np.array(devices[: self.tensor_parallel]).reshape(sizes)
+        return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
     def sharding(self, mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
         """The sharding of an array whose dimensions have these logical names and sizes.

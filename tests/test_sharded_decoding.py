@@ -55,7 +55,7 @@ def test_any_topology(folder, expected, topology, storage):
 
 @pytest.mark.parametrize("storage", ["expanded", "packed"])
 def test_weights_lie_where_the_topology_says(folder, storage):
-    """Each device's share of all weights: experts and vocabulary in quarters or halves, attention in halves."""
+    """Each device's share of all weights: experts and vocabulary in quarters."""
     model = Generator.load(folder, topology=TWO_BY_TWO, storage=storage, progress=False).model
     experts = model.params.backbone["layers"]["swa_moe"]["mlp"]["down"]
     shards = [leaf.addressable_shards for leaf in jax.tree.leaves(experts)]
@@ -65,6 +65,6 @@ def test_weights_lie_where_the_topology_says(folder, storage):
     assert [s.data.shape[0] for s in head.addressable_shards] == [256] * 4
 
 
-def test_too_few_devices_are_said_before_anything_is_read(folder, capsys):
+def test_a_topology_that_does_not_fit_is_refused(folder, capsys):
     assert main(["generate", "--model", str(folder), "--prompt", "x", "--tp-size", "64", "--ep-size", "64"]) == 2
     assert "cannot be cut into 64" in capsys.readouterr().err

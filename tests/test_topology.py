@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from mimo_jax.cli import main
-from mimo_jax.config import BackboneConfig, DrafterConfig
 from mimo_jax.params import Declared
 from mimo_jax.placement import check, holdings
 from mimo_jax.presets import PRESETS
@@ -20,9 +19,7 @@ RELEASE = Topology(
 
 
 def configs(name):
-    preset = PRESETS[name]
-    assert preset.drafter is not None
-    return BackboneConfig.from_hf(preset.backbone), DrafterConfig.from_hf(preset.drafter)
+    return PRESETS[name].configs()
 
 
 @pytest.mark.parametrize(

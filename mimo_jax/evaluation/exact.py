@@ -5,12 +5,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import batched
 
 from mimo_jax.evaluation.prompts import Prompt
 
 _NUMBER = re.compile(r"Answer:\s*(-?[\d.,/]+)")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-_HUNK = re.compile(r"@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@")
+_HUNK = re.compile(r"^@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@.*\n?", re.MULTILINE)
 _SECONDS = 5.0
 
 # Run in a process of its own: the function is defined first, then every call's repr is compared.
@@ -60,16 +61,9 @@ def patched(before: str, diff: str) -> str | None:
 
 def _hunks(diff: str) -> Iterator[tuple[int, list[str]]]:
     """Every hunk's first line in the old text, from 1, and its lines with their signs."""
-    start, hunk = None, []
-    for line in diff.splitlines():
-        if header := _HUNK.match(line):
-            if start is not None:
-                yield start, hunk
-            start, hunk = int(header.group(1)), []
-        elif start is not None:
-            hunk.append(line if line[:1] in ("+", "-", " ") else " " + line)
-    if start is not None:
-        yield start, hunk
+    _, *parts = _HUNK.split(diff)
+    for start, hunk in batched(parts, 2):
+        yield int(start), [line if line[:1] in ("+", "-", " ") else " " + line for line in hunk.splitlines()]
 
 
 def _passes(code: str, checks: tuple[tuple[str, str], ...]) -> bool:
