@@ -1,8 +1,14 @@
 """Arguments that several commands share, and what they stand for."""
 
 import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sharding.hosts import resolve
 
 if TYPE_CHECKING:
     from mimo_jax.generate import Generator
@@ -87,6 +93,44 @@ def topology_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="1: whole dense MLPs on every device (default: cut as attention is)",
     )
+
+
+def host_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which processes run one model together, under the names that serving engines use."""
+    group = parser.add_argument_group(
+        "hosts",
+        "One process a node runs the same command, and process 0 prints. Where nothing is said, the variables of "
+        "LeaderWorkerSet, an Indexed Job, Slurm and torchrun are asked, in this order.",
+    )
+    group.add_argument("--dist-init-addr", metavar="HOST:PORT", help="process 0; the next port up is used, too")
+    group.add_argument("--nnodes", type=positive, metavar="N", help="how many processes")
+    group.add_argument("--node-rank", type=int, metavar="I", help="this one's number, from 0")
+    group.add_argument(
+        "--dist-timeout", type=positive, default=300, metavar="S", help="seconds for all to come (default: 300)"
+    )
+
+
+@contextmanager
+def hosts(arguments: argparse.Namespace) -> Iterator[None]:
+    """Within, this process is one of the group that `host_arguments` and the environment describe, if any.
+
+    To be entered before JAX is used at all. Of several processes, only process 0 writes to standard output.
+    """
+    group = None
+    if "nnodes" in arguments:  # a command that has `host_arguments`
+        group = resolve(arguments.dist_init_addr, arguments.nnodes, arguments.node_rank)
+    if group is None:
+        yield
+        return
+    from sharding.distributed import joined
+
+    print(f"mimo-jax: {group}", file=sys.stderr)
+    with (
+        joined(group, arguments.dist_timeout),
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        redirect_stdout(nowhere if group.process else sys.stdout),
+    ):
+        yield
 
 
 def topology_of(arguments: argparse.Namespace) -> "Topology":

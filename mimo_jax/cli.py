@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mimo_jax.arguments import model_arguments, positive, topology_arguments
+from mimo_jax.arguments import host_arguments, hosts, model_arguments, positive, topology_arguments
 from mimo_jax.evaluation.arguments import add_bench, add_eval
 from mimo_jax.training.arguments import add_train
 
@@ -22,9 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for noisy in ("jax", "absl", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        _compilation_cache()
-        module, function = arguments.handler.split(":")
-        getattr(importlib.import_module(module), function)(arguments)
+        with hosts(arguments):
+            _compilation_cache()
+            module, function = arguments.handler.split(":")
+            getattr(importlib.import_module(module), function)(arguments)
         return 0
     except KeyboardInterrupt:
         return 130
@@ -84,6 +85,7 @@ def _generate(commands: argparse._SubParsersAction) -> None:
         description="Continue prompts. Text streams as it is decoded; a line of statistics follows on stderr.",
     )
     model_arguments(parser)
+    host_arguments(parser)
     group = parser.add_argument_group("prompt (default: standard input)").add_mutually_exclusive_group()
     group.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times: one batch")
     group.add_argument(

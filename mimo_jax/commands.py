@@ -27,6 +27,7 @@ from mimo_jax.request import SamplingParams
 from mimo_jax.session import Decoding
 from mimo_jax.stats import DecodeStats
 from mimo_jax.synthesize import synthesize as write_synthetic
+from sharding.distributed import agree
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -51,16 +52,13 @@ def generate(arguments: argparse.Namespace) -> None:
         tokenizer = arguments.model / "tokenizer.json"
         if (arguments.model / "config.json").exists() and not tokenizer.exists():
             raise ValueError(f"{tokenizer}: no such file; give --prompt-ids, or a checkpoint with a tokenizer")
+    decoding = Decoding(arguments.verify_length, arguments.rounds_per_dispatch, arguments.sampled_drafts)
+    agree("prompts or settings", repr((asked, params, decoding, topology_of(arguments))))
     generator = load_generator(arguments)
     prompts = [_rendered(generator, prompt, not arguments.no_thinking) for prompt in asked]
     completions = generator.completions(prompts)
     alone = len(prompts) == 1 and not arguments.json
-    pieces = generator.stream_batch(
-        completions,
-        params,
-        decoding=Decoding(arguments.verify_length, arguments.rounds_per_dispatch, arguments.sampled_drafts),
-    )
-    for piece in pieces:
+    for piece in generator.stream_batch(completions, params, decoding=decoding):
         if alone:
             print(piece.text, end="", flush=True)
     stats = sum((c.stats for c in completions), DecodeStats())

@@ -1,1 +1,1 @@
-"""Placement on many devices: the mesh, and the table from logical axes to mesh axes."""
+"""Placement on many devices: the mesh, the table from logical axes to mesh axes, and processes that work together."""

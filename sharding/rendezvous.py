@@ -57,9 +57,14 @@ class Peers:
 
     def leave(self) -> None:
         """Say to the others that this process ends as it should."""
+        for line in self.lines.values():
+            line.say(_DONE)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Hang up; others that are still there take this process for gone."""
         for process, line in self.lines.items():
             self.left.add(process)
-            line.say(_DONE)
             line.close()
 
 

@@ -133,7 +133,7 @@ class Topology:
         """The mesh, row by row from `devices` (default: this process's view of all devices).
 
         Raises:
-            TopologyError: There are fewer devices than it needs.
+            TopologyError: There are fewer devices than it needs, or several processes with more.
         """
         devices = jax.devices() if devices is None else list(devices)
         names, sizes = tuple(self.axes), tuple(self.axes.values())
@@ -141,6 +141,11 @@ class Topology:
             raise TopologyError(
                 f"a mesh of data={sizes[0]} x tensor={sizes[1]} needs {self.tensor_parallel} devices, "
                 f"found {len(devices)}"
+            )
+        if jax.process_count() > 1 and self.tensor_parallel < len(devices):
+            raise TopologyError(
+                f"{jax.process_count()} processes have {len(devices)} devices in all, and tensor_parallel is "
+                f"{self.tensor_parallel}: it must be {len(devices)}, so that every process takes part"
             )
         grid = np.array(devices[: self.tensor_parallel]).reshape(sizes)
         return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))

@@ -2,6 +2,7 @@
 
 import filecmp
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,3 +99,16 @@ def seed() -> int:
 def rng(seed: int) -> np.random.Generator:
     """NumPy's generator from `seed`."""
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def address():
+    """A host and port with a free one above it."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as one:
+            port = one.getsockname()[1]
+            try:
+                with socket.create_server(("127.0.0.1", port + 1)):
+                    return f"127.0.0.1:{port}"
+            except (OSError, OverflowError):
+                continue

@@ -25,19 +25,6 @@ peers.leave()
 """
 
 
-@pytest.fixture
-def address():
-    """A host and port with a free one above it."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as one:
-            port = one.getsockname()[1]
-            try:
-                with socket.create_server(("127.0.0.1", port + 1)):
-                    return f"127.0.0.1:{port}"
-            except (OSError, OverflowError):
-                continue
-
-
 def members(address, count, seconds):
     started = [
         subprocess.Popen(

@@ -121,6 +121,13 @@ def test_a_mesh_needs_its_devices():
         Topology(64).mesh()
 
 
+def test_every_process_takes_part(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert Topology(8).mesh().size == 8
+    with pytest.raises(TopologyError, match="2 processes have 8 devices in all, and tensor_parallel is 4"):
+        Topology(4).mesh()
+
+
 def test_the_command_draws_and_refuses(capsys):
     given = ["topology", "--preset", "mimo-v2.5-pro", "--tp-size", "16", "--ep-size", "16", "--dp-size", "2"]
     given += ["--enable-dp-attention", "--enable-dp-lm-head", "--moe-dense-tp-size", "1"]
