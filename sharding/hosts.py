@@ -18,7 +18,7 @@ class Group:
     """One process's place among those that run one model."""
 
     address: str
-    """host:port of the first process."""
+    """host:port of the first process; the next port up is used, too."""
     processes: int
     process: int
     """This one's number, from 0."""
@@ -33,8 +33,8 @@ class Group:
                 f"{self.source}: process {self.process} of {self.processes}; numbers go from 0 to {self.processes - 1}"
             )
         host, _, port = self.address.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise HostsError(f"{self.source}: {self.address!r} is no host:port")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65535:
+            raise HostsError(f"{self.source}: {self.address!r} is no host:port with a port from 1 to 65534")
 
     def __str__(self) -> str:
         return f"process {self.process} of {self.processes} at {self.address} (from {self.source})"

@@ -64,6 +64,7 @@ def test_the_first_that_speaks_is_believed():
         (("host:1", 1, 1), "process 1 of 1"),
         (("host", 2, 0), "'host' is no host:port"),
         (("host:99999", 2, 0), "is no host:port"),
+        (("host:65535", 2, 0), "a port from 1 to 65534"),
         ((":1", 2, 0), "is no host:port"),
     ],
 )
