@@ -103,7 +103,7 @@ def host_arguments(parser: argparse.ArgumentParser) -> None:
         "LeaderWorkerSet, an Indexed Job, Slurm and torchrun are asked, in this order.",
     )
     group.add_argument("--dist-init-addr", metavar="HOST:PORT", help="process 0; the next port up is used, too")
-    group.add_argument("--nnodes", type=positive, metavar="N", help="how many processes; 1: this one alone, in any case")
+    group.add_argument("--nnodes", type=positive, metavar="N", help="how many processes; 1: this one alone")
     group.add_argument("--node-rank", type=int, metavar="I", help="this one's number, from 0")
     group.add_argument(
         "--dist-timeout", type=positive, default=300, metavar="S", help="seconds for all to come (default: 300)"
