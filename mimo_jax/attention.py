@@ -11,19 +11,25 @@ from mimo_jax.config import AttentionConfig
 from mimo_jax.layers import array, declare, linear, rope, weight
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.window_attention import window_attention
+from sharding.topology import Topology
 
 KV = tuple[jax.Array, jax.Array]
 """Keys [batch, rows, kv_heads, qk_dim] after RoPE and values [batch, rows, kv_heads, v_dim] after the value scale."""
 
 
 class Attention(nnx.Module):
-    """Projections of the attention layers of one kind, stacked; weights [layers, out, in]."""
+    """Projections of the attention layers of one kind, stacked; weights [layers, out, in].
 
-    def __init__(self, config: AttentionConfig, hidden: int, layers: int, dtype: jax.typing.DTypeLike):
+    A device of a mesh has some of the heads.
+    """
+
+    def __init__(
+        self, config: AttentionConfig, hidden: int, layers: int, dtype: jax.typing.DTypeLike, topology: Topology
+    ):
         def projection(rows: int, axis: str) -> nnx.Param:
             return declare((layers, rows, hidden), ("layers", axis, "embed"), dtype)
 
-        self.config = config
+        self.config, self.heads = config, topology.cut("heads")
         self.q = projection(config.heads * config.qk_dim, "heads")
         self.k = projection(config.kv_heads * config.qk_dim, "kv_heads")
         self.v = projection(config.kv_heads * config.v_dim, "kv_heads")
@@ -33,12 +39,12 @@ class Attention(nnx.Module):
 
     def queries(self, x: jax.Array, layer: jax.Array) -> jax.Array:
         """Project x [batch, rows, hidden] to queries [batch, rows, heads, qk_dim], not yet rotated."""
-        return linear(x, weight(self.q, layer)).reshape(*x.shape[:2], self.config.heads, self.config.qk_dim)
+        return linear(x, weight(self.q, layer)).reshape(*x.shape[:2], -1, self.config.qk_dim)
 
     def keys_values(self, x: jax.Array, layer: jax.Array) -> KV:
         """Project x [batch, rows, hidden] to keys, not yet rotated, and scaled values."""
-        k = linear(x, weight(self.k, layer)).reshape(*x.shape[:2], self.config.kv_heads, self.config.qk_dim)
-        v = linear(x, weight(self.v, layer)).reshape(*x.shape[:2], self.config.kv_heads, self.config.v_dim)
+        k = linear(x, weight(self.k, layer)).reshape(*x.shape[:2], -1, self.config.qk_dim)
+        v = linear(x, weight(self.v, layer)).reshape(*x.shape[:2], -1, self.config.v_dim)
         return k, v * self.config.value_scale
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -88,4 +94,4 @@ class Attention(nnx.Module):
                     causal=causal,
                     sink=sink,
                 )
-        return linear(out.reshape(*out.shape[:2], config.heads * config.v_dim), weight(self.o, layer))
+        return self.heads.sum(linear(out.reshape(*out.shape[:2], -1), weight(self.o, layer)))

@@ -2,6 +2,9 @@
 
 Layers of one kind are stacked and run by `lax.scan` over consecutive rows of their stack. The forward pass reads the
 caches and returns each layer's new keys and values; committing them is the caller's decision.
+
+Written for one device of a mesh: it has its parts of heads, experts and vocabulary, the rows of its own sequences, and
+sums with the others where a topology's cuts say so. Without a mesh it has everything, and there is nothing to sum.
 """
 
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ from mimo_jax.cache import BackboneCache, PagedKV, RingKV
 from mimo_jax.config import AttentionKind, BackboneConfig, LayerKind
 from mimo_jax.layers import array, declare, linear, rms_norm, swiglu, weight
 from mimo_jax.moe import MoE
+from sharding.topology import Topology
 
 
 @jax.tree_util.register_dataclass
@@ -64,29 +68,30 @@ def runs(layers: tuple[LayerKind, ...], capture: tuple[int, ...]) -> Iterator[Ru
 class DenseMLP(nnx.Module):
     """SwiGLU MLPs of the dense layers of one kind, stacked."""
 
-    def __init__(self, inner: int, hidden: int, layers: int, dtype: jax.typing.DTypeLike):
+    def __init__(self, inner: int, hidden: int, layers: int, dtype: jax.typing.DTypeLike, topology: Topology):
+        self.columns = topology.cut("mlp")
         self.gate = declare((layers, inner, hidden), ("layers", "mlp", "embed"), dtype)
         self.up = declare((layers, inner, hidden), ("layers", "mlp", "embed"), dtype)
         self.down = declare((layers, hidden, inner), ("layers", "embed", "mlp"), dtype)
 
     def __call__(self, x: jax.Array, layer: jax.Array) -> jax.Array:
         """Map x [..., hidden] to [..., hidden]."""
-        return swiglu(x, weight(self.gate, layer), weight(self.up, layer), weight(self.down, layer))
+        return self.columns.sum(swiglu(x, weight(self.gate, layer), weight(self.up, layer), weight(self.down, layer)))
 
 
 class DecoderLayers(nnx.Module):
     """The decoder layers of one kind, stacked."""
 
-    def __init__(self, config: BackboneConfig, kind: LayerKind, dtype: jax.typing.DTypeLike):
+    def __init__(self, config: BackboneConfig, kind: LayerKind, dtype: jax.typing.DTypeLike, topology: Topology):
         hidden, layers = config.hidden_size, len(config.layers_of(kind))
         self.eps = config.rms_eps
         self.attention_norm = declare((layers, hidden), ("layers", "embed"), dtype)
-        self.attention = Attention(config.attention(kind.attention), hidden, layers, dtype)
+        self.attention = Attention(config.attention(kind.attention), hidden, layers, dtype, topology)
         self.mlp_norm = declare((layers, hidden), ("layers", "embed"), dtype)
         if kind.mlp == "dense":
-            self.mlp = DenseMLP(config.dense_intermediate, hidden, layers, dtype)
+            self.mlp = DenseMLP(config.dense_intermediate, hidden, layers, dtype, topology)
         else:
-            self.mlp = MoE(config.moe, hidden, config.router_dtype, layers, dtype)
+            self.mlp = MoE(config.moe, hidden, config.router_dtype, layers, dtype, topology)
 
     def __call__(
         self, x: jax.Array, layer: jax.Array, cache: PagedKV | RingKV, cache_layer: jax.Array, lengths: jax.Array
@@ -106,17 +111,20 @@ class DecoderLayers(nnx.Module):
 class Backbone(nnx.Module):
     """The text backbone: embedding, decoder layers, final norm, LM head."""
 
-    def __init__(self, config: BackboneConfig, dtype: jax.typing.DTypeLike):
-        self.config = config
+    def __init__(self, config: BackboneConfig, dtype: jax.typing.DTypeLike, topology: Topology = Topology()):
+        self.config, self.topology, self.vocabulary = config, topology, topology.cut("vocab")
         vocabulary = (config.vocab_size, config.hidden_size)
         self.embedding = declare(vocabulary, ("vocab", "embed"), dtype)
-        self.layers = nnx.Dict({kind.name: DecoderLayers(config, kind, dtype) for kind in config.kinds})
+        self.layers = nnx.Dict({kind.name: DecoderLayers(config, kind, dtype, topology) for kind in config.kinds})
         self.final_norm = declare((config.hidden_size,), ("embed",), dtype)
         self.lm_head = declare(vocabulary, ("vocab", "embed"), dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Ids [...] int32 to rows [..., hidden]."""
-        return array(self.embedding)[tokens]
+        mine = array(self.embedding)
+        at = self.vocabulary.gather_rows(tokens) - self.vocabulary.index() * mine.shape[0]
+        there = (at >= 0) & (at < mine.shape[0])
+        return self.vocabulary.sum_rows(jnp.where(there[..., None], mine[at], 0))
 
     def __call__(self, tokens: jax.Array, cache: BackboneCache, capture: tuple[int, ...] = ()) -> BackboneOutput:
         """Run rows that follow what the cache holds.
@@ -153,10 +161,13 @@ class Backbone(nnx.Module):
         return jax.lax.scan(layer, x, jnp.arange(run.count, dtype=jnp.int32))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Final norm and LM head: hidden [..., hidden] to logits [..., vocab] float32."""
+        """Final norm and LM head: hidden [batch, ..., hidden] to logits [batch, ..., vocab] float32."""
         normed = rms_norm(hidden, array(self.final_norm), self.config.rms_eps)
         return self.head(normed)
 
     def head(self, normed: jax.Array) -> jax.Array:
-        """The LM head alone, which the drafter shares: normed rows [..., hidden] to logits [..., vocab] float32."""
-        return linear(normed, weight(self.lm_head)).astype(jnp.float32)
+        """The LM head alone, which the drafter shares: normed rows [batch, ..., hidden] to logits [batch, ..., vocab]
+        float32. On a mesh, to those of the ids that this device samples from (the logical axis `logits`).
+        """
+        logits = linear(self.vocabulary.gather_rows(normed), weight(self.lm_head))
+        return self.vocabulary.swap_rows(logits.astype(jnp.float32))

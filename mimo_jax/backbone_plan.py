@@ -63,8 +63,10 @@ class _AttentionPlan:
         for kind, found in self._found:
             if all(matrix is not None for matrix in found):
                 weights = self._fused(kind, found[0], chunks) if chunks else self._split(kind, found)
-                for name, weight in zip("qkv", weights, strict=False):
-                    leaves.add(("layers", kind.name, "attention", name), (len(self._config.layers_of(kind)),), weight)
+                attention, lead = self._config.attention(kind.attention), (len(self._config.layers_of(kind)),)
+                head_rows = (0, attention.qk_dim, attention.v_dim)
+                for name, weight, rows in zip("qkv", weights, head_rows, strict=False):
+                    leaves.add(("layers", kind.name, "attention", name), lead, weight, head_rows=rows)
 
     def _chunks(self, asked: QkvLayout, metadata: Mapping[str, Any]) -> int | None:
         kv_heads, proven = self._config.full.kv_heads, False

@@ -9,11 +9,13 @@ the block's rows in the ring before it reads.
 """
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from mimo_jax.config import AttentionConfig, AttentionKind, BackboneConfig, DrafterConfig
+from sharding.layout import Axes, BatchArray
 
 
 @jax.tree_util.register_dataclass
@@ -21,11 +23,11 @@ from mimo_jax.config import AttentionConfig, AttentionKind, BackboneConfig, Draf
 class PagedKV:
     """Keys and values of all full-attention layers, in pages that sequences own by table."""
 
-    k: jax.Array
+    k: Annotated[jax.Array, Axes("layers", "pages", None, "kv_heads", None)]
     """[layers, pages, page_size, kv_heads, qk_dim]."""
-    v: jax.Array
+    v: Annotated[jax.Array, Axes("layers", "pages", None, "kv_heads", None)]
     """[layers, pages, page_size, kv_heads, v_dim]."""
-    table: jax.Array
+    table: Annotated[jax.Array, Axes("batch", None)]
     """[batch, pages per sequence] int32: page p of a sequence holds its positions p * page_size onward."""
 
     def commit(self, kv: tuple[jax.Array, jax.Array], lengths: jax.Array, counts: jax.Array) -> "PagedKV":
@@ -46,9 +48,9 @@ class PagedKV:
 class RingKV:
     """Keys and values of all layers of one windowed kind, in one ring a sequence."""
 
-    k: jax.Array
+    k: Annotated[jax.Array, Axes("layers", "batch", None, "kv_heads", None)]
     """[layers, batch, slots, kv_heads, qk_dim]."""
-    v: jax.Array
+    v: Annotated[jax.Array, Axes("layers", "batch", None, "kv_heads", None)]
     """[layers, batch, slots, kv_heads, v_dim]."""
 
     def commit(self, kv: tuple[jax.Array, jax.Array], lengths: jax.Array, counts: jax.Array) -> "RingKV":
@@ -71,7 +73,7 @@ def _store(stored: jax.Array, at: tuple, rows: jax.Array) -> jax.Array:
 class BackboneCache:
     """All that the backbone remembers of a batch of sequences."""
 
-    lengths: jax.Array
+    lengths: BatchArray
     """[batch] int32: positions 0 .. length - 1 are committed."""
     kv: dict[AttentionKind, PagedKV | RingKV]
 
@@ -98,6 +100,7 @@ def backbone_cache(
     block: int,
     dtype: jax.typing.DTypeLike,
     page_size: int = 64,
+    groups: int = 1,
 ) -> BackboneCache:
     """An empty cache in which each of `batch` sequences owns pages for `capacity` positions.
 
@@ -108,6 +111,7 @@ def backbone_cache(
         block: Rows a decode round may add (the drafter's block; 1 without a drafter).
         dtype: Of keys and values.
         page_size: Positions a page holds.
+        groups: Data-parallel groups among which the sequences are split; each numbers its own pages.
     """
     pages = -(-capacity // page_size)
     kv: dict[AttentionKind, PagedKV | RingKV] = {}
@@ -115,7 +119,7 @@ def backbone_cache(
         attention = config.attention(kind)
         layers = sum(layer.attention == kind for layer in config.layers)
         if kind == "full":
-            table = jnp.arange(batch * pages, dtype=jnp.int32).reshape(batch, pages)
+            table = jnp.arange(batch * pages, dtype=jnp.int32).reshape(batch, pages) % (batch // groups * pages)
             kv[kind] = PagedKV(*_zeros((layers, batch * pages, page_size), attention, dtype), table)
         else:
             slots = ring_slots(attention.visible_keys, block, capacity)

@@ -73,13 +73,14 @@ class _Checkpoint:
                 shorter, or a scale is no number.
         """
         shapes, axes = _flatten(declared.shapes), _flatten(declared.axes)
-        offered = {leaf.path: leaf.shape for leaf in self._leaves} | {(k,): v.shape for k, v in self._vectors.items()}
+        leaves = [leaf.fitted(shapes[leaf.path].shape) if leaf.path in shapes else leaf for leaf in self._leaves]
+        offered = {leaf.path: leaf.shape for leaf in leaves} | {(k,): v.shape for k, v in self._vectors.items()}
         if offered != {path: s.shape for path, s in shapes.items()}:
             raise ValueError(f"{self.where}: the declared module was made from another configuration")
         packed = self._choose_packed() if storage == "packed" else set()
         params: Params = {}
         with Placer(sharding, progress, readers or min(8, os.cpu_count() or 1)) as placer:
-            for leaf in self._leaves:
+            for leaf in leaves:
                 node = params
                 for key in leaf.path[:-1]:
                     node = node.setdefault(key, {})

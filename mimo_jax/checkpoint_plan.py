@@ -238,15 +238,20 @@ class Leaves:
     def __init__(self) -> None:
         self._lead: dict[tuple[str, ...], tuple[int, ...]] = {}
         self._sources: dict[tuple[str, ...], list[StoredWeight | None]] = {}
+        self._head_rows: dict[tuple[str, ...], int] = {}
 
-    def add(self, path: tuple[str, ...], lead: tuple[int, ...], *sources: StoredWeight | None) -> None:
-        """Add the next sources of a leaf whose leading axes are `lead`."""
-        self._lead[path] = lead
+    def add(
+        self, path: tuple[str, ...], lead: tuple[int, ...], *sources: StoredWeight | None, head_rows: int = 0
+    ) -> None:
+        """Add the next sources of a leaf whose leading axes are `lead`; K and V say how many rows a head has."""
+        self._lead[path], self._head_rows[path] = lead, head_rows
         self._sources.setdefault(path, []).extend(sources)
 
     def proven(self) -> list[Leaf]:
         """The leaves, once it is proven that none of their sources is missing."""
-        return [Leaf(p, self._lead[p], [s for s in found if s]) for p, found in self._sources.items()]
+        return [
+            Leaf(p, self._lead[p], [s for s in found if s], self._head_rows[p]) for p, found in self._sources.items()
+        ]
 
 
 def _parts(tallies: Mapping[str, _Tally]) -> tuple[Part, ...]:

@@ -13,13 +13,14 @@ from mimo_jax.attention import KV, Attention
 from mimo_jax.cache import RingKV
 from mimo_jax.config import DrafterConfig
 from mimo_jax.layers import array, declare, linear, rms_norm, swiglu, weight
+from sharding.topology import Topology
 
 
 class Drafter(nnx.Module):
     """The drafter without embedding and LM head, which are its backbone's."""
 
-    def __init__(self, config: DrafterConfig, dtype: jax.typing.DTypeLike):
-        self.config = config
+    def __init__(self, config: DrafterConfig, dtype: jax.typing.DTypeLike, topology: Topology = Topology()):
+        self.config, self.columns = config, topology.cut("mlp")
         hidden, layers, inner = config.hidden_size, config.num_layers, config.intermediate
         captured = len(config.target_layer_ids)
 
@@ -30,7 +31,7 @@ class Drafter(nnx.Module):
         self.fc = declare((hidden, captured * hidden), ("embed", "features"), dtype)
         self.hidden_norm = declare((hidden,), ("embed",), dtype)
         self.attention_norm = norm(hidden, "embed")
-        self.attention = Attention(config.attention, hidden, layers, dtype)
+        self.attention = Attention(config.attention, hidden, layers, dtype, topology)
         self.q_norm = norm(config.attention.qk_dim, "head_dim")
         self.k_norm = norm(config.attention.qk_dim, "head_dim")
         self.mlp_norm = norm(hidden, "embed")
@@ -85,7 +86,8 @@ class Drafter(nnx.Module):
             kv = self._keys_values(n, i, positions)
             x = x + attention.attend(q, kv, i, ring, i, lengths, causal=config.block_causal)
             n = rms_norm(x, array(self.mlp_norm, i), config.rms_eps)
-            return x + swiglu(n, weight(self.gate, i), weight(self.up, i), weight(self.down, i)), None
+            mlp = swiglu(n, weight(self.gate, i), weight(self.up, i), weight(self.down, i))
+            return x + self.columns.sum(mlp), None
 
         x, _ = jax.lax.scan(layer, block, jnp.arange(config.num_layers, dtype=jnp.int32))
         return rms_norm(x, array(self.final_norm), config.rms_eps)

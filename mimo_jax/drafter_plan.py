@@ -36,7 +36,8 @@ def plan_drafter(claims: Claims, config: DrafterConfig) -> Leaves:
             (("up",), "mlp", "mlp.up_proj", (inner, hidden)),
             (("down",), "mlp", "mlp.down_proj", (hidden, inner)),
         ):
-            leaves.add(path, lead, claims.plain(part, f"{prefix}{name}.weight", shape))
+            rows = {"k": attention.qk_dim, "v": attention.v_dim}.get(path[-1], 0)
+            leaves.add(path, lead, claims.plain(part, f"{prefix}{name}.weight", shape), head_rows=rows)
         if attention.sink:
             sink = claims.vector("attention", prefix + "self_attn.attention_sink_bias", attention.heads)
             leaves.add(("attention", "sink"), lead, sink)

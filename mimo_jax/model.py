@@ -3,19 +3,23 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.sharding import Mesh, NamedSharding
 
 from mimo_jax.backbone import Backbone
+from mimo_jax.cache import backbone_cache, drafter_ring
 from mimo_jax.checkpoint import BackboneCheckpoint, DrafterCheckpoint
 from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig, drafter_folder
 from mimo_jax.drafter import Drafter
 from mimo_jax.params import Declared, Params
-from mimo_jax.placement import check
-from mimo_jax.speculative import ModelParams, Models
+from mimo_jax.placement import check, with_copied_kv_heads
+from mimo_jax.speculative import DecodeState, ModelParams, Models, empty_state
 from mimo_jax.tokenizer import Tokenizer
+from sharding.layout import layout, place
 from sharding.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -49,7 +53,10 @@ class LoadOptions:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A backbone, perhaps its drafter, and what turns text into ids."""
+    """A backbone, perhaps its drafter, and what turns text into ids.
+
+    Configurations are those of what devices hold: KV heads that several share are counted once for each.
+    """
 
     config: BackboneConfig
     drafter_config: DrafterConfig | None
@@ -65,8 +72,40 @@ class Model:
         known = self.tokenizer.eos_ids if self.tokenizer else ()
         return tuple(sorted({*known, *self.config.eos_ids}))
 
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The devices that hold it."""
+        return self.models.topology.mesh()
+
+    def placed[T](self, tree: T) -> T:
+        """Arguments of programs on the devices: state, requests and the like, as their fields name the axes."""
+        return place(tree, layout(tree, self.models.topology), self.mesh)
+
+    def empty_state(self, batch: int, capacity: int) -> DecodeState:
+        """The state of a batch before any token, on the devices; `batch` is a multiple of the data-parallel groups."""
+        config, drafter, groups = self.config, self.drafter_config, self.models.topology.data_parallel
+
+        def build() -> DecodeState:
+            block = drafter.block_size if drafter else 1
+            cache = backbone_cache(config, batch, capacity, block, self.dtype, groups=groups)
+            ring = drafter_ring(drafter, batch, capacity, self.dtype) if drafter else None
+            return empty_state(cache, ring, config.vocab_size)
+
+        key = ("empty_state", batch, capacity)
+        if key not in self._programs:
+            specs = layout(jax.eval_shape(build), self.models.topology)
+            self._programs[key] = jax.jit(build, out_shardings=jax.tree.map(partial(NamedSharding, self.mesh), specs))
+        return self._programs[key]()
+
     def compiled(self, program: Callable, arguments: tuple, statics: dict[str, Any]) -> Callable:
-        """`program(models, params, *arguments, **statics)` compiled, once for each set of shapes and statics.
+        """`program(models, params, *arguments, **statics)` for all devices, compiled once for each set of shapes.
+
+        A program is written for one device. It gives its state, and something that is the same on every device.
+
+        Args:
+            program: Jitted; `models` and all of `statics` are static.
+            arguments: The state, which is donated, and what else it takes, placed or as shapes and dtypes.
+            statics: Plain values.
 
         Returns:
             A function of (params, *arguments).
@@ -75,9 +114,21 @@ class Model:
         avals = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
         key = (program, structure, avals, tuple(sorted(statics.items())))
         if key not in self._programs:
-            lowered = program.lower(self.models, self.params, *arguments, **statics)
-            self._programs[key] = lowered.compile()
+            self._programs[key] = self.lowered(program, arguments, statics).compile()
         return self._programs[key]
+
+    def lowered(self, program: Callable, arguments: tuple, statics: dict[str, Any]) -> jax.stages.Lowered:
+        """What `compiled` compiles."""
+        given = (self.params, *arguments)
+        specs = layout(given[0], self.models.topology), *(layout(a, self.models.topology) for a in arguments)
+        on_all = jax.shard_map(
+            partial(program.__wrapped__, self.models, **statics),
+            mesh=self.mesh,
+            in_specs=specs,
+            out_specs=(specs[1], jax.P()),
+            check_vma=False,
+        )
+        return jax.jit(on_all, donate_argnums=1).lower(*given)
 
 
 def load_model(
@@ -100,22 +151,22 @@ def load_model(
         folder, swa_visible_keys=options.swa_visible_keys, router_dtype=options.router_dtype
     )
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    backbone = Declared(lambda: Backbone(config, dtype))
     checkpoint = BackboneCheckpoint(folder, config, options.qkv_layout)
     drafter_at = _drafter_folder(folder, options.drafter)
-    drafter = drafter_config = drafter_checkpoint = None
+    drafter_config = drafter_checkpoint = None
     if drafter_at is not None:
         drafter_config = DrafterConfig.from_folder(drafter_at, rope_theta=options.draft_rope_theta)
         drafter_config.check_fits(config)
-        drafter = _declare_drafter(drafter_config, dtype)
         drafter_checkpoint = DrafterCheckpoint(drafter_at, drafter_config)
-    check(options.topology, config, drafter_config)
-    mesh = options.topology.mesh()
+    topology = options.topology
+    check(topology, config, drafter_config)
+    mesh = topology.mesh()
+    models = declare_models(config, drafter_config, dtype, topology)
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
-    storage = options.storage or default_storage(backbone.shapes)
+    storage = options.storage or default_storage(models.backbone.shapes)
 
     def placed(axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        return options.topology.sharding(mesh, axes, shape)
+        return topology.sharding(mesh, axes, shape)
 
     def read(component: str, source: BackboneCheckpoint | DrafterCheckpoint, declared: Declared) -> Params:
         done = 0
@@ -129,10 +180,28 @@ def load_model(
         return source.load(declared, storage=storage, sharding=placed, progress=report)
 
     params = ModelParams(
-        read("backbone", checkpoint, backbone),
-        read("drafter", drafter_checkpoint, drafter) if drafter_checkpoint and drafter else None,
+        read("backbone", checkpoint, models.backbone),
+        read("drafter", drafter_checkpoint, models.drafter) if drafter_checkpoint and models.drafter else None,
     )
-    return Model(config, drafter_config, dtype, Models(backbone, drafter), params, tokenizer)
+    return model_of(models, params, dtype, tokenizer)
+
+
+def declare_models(
+    config: BackboneConfig, drafter: DrafterConfig | None, dtype: Dtype, topology: Topology = Topology()
+) -> Models:
+    """Backbone and drafter as devices of a topology hold them, waiting for parameters."""
+    held = with_copied_kv_heads(config, topology)
+    backbone = Declared(lambda: Backbone(held, dtype, topology))
+    if drafter is None:
+        return Models(backbone)
+    held_drafter = with_copied_kv_heads(drafter, topology)
+    return Models(backbone, Declared(lambda: Drafter(held_drafter, dtype, topology)))
+
+
+def model_of(models: Models, params: ModelParams, dtype: Dtype, tokenizer: Tokenizer | None) -> Model:
+    """Declared modules and parameters, as one."""
+    drafter = models.drafter.module.config if models.drafter else None
+    return Model(models.backbone.module.config, drafter, dtype, models, params, tokenizer)
 
 
 def default_storage(shapes: Any) -> Storage:
@@ -150,10 +219,6 @@ def available_memory() -> int:
     except OSError:
         return 8 << 30
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-
-
-def _declare_drafter(config: DrafterConfig, dtype: Dtype) -> Declared[Drafter]:
-    return Declared(lambda: Drafter(config, dtype))
 
 
 def _drafter_folder(folder: Path, choice: Path | str) -> Path | None:

@@ -1,23 +1,38 @@
 """The mixture of experts: a sigmoid router with a correction bias, and SwiGLU experts without clamp."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.config import MoeConfig
+from mimo_jax.expert_dispatch import on_all_devices
 from mimo_jax.layers import array, declare
 from mimo_jax.quantization import MXFP4Weight, dequantize
 from pallas_kernels.expert_mlp import expert_mlp, mxfp4_expert_mlp, plain_expert_mlp
+from sharding.topology import Topology
 
 
 class MoE(nnx.Module):
-    """Routers and experts of the MoE layers of one kind, stacked."""
+    """Routers and experts of the MoE layers of one kind, stacked.
 
-    def __init__(self, config: MoeConfig, hidden: int, router_dtype: str, layers: int, dtype: jax.typing.DTypeLike):
-        self.config, self.router_dtype = config, router_dtype
+    Every device of a mesh has all of the router, and some experts, or slices of some.
+    """
+
+    def __init__(
+        self,
+        config: MoeConfig,
+        hidden: int,
+        router_dtype: str,
+        layers: int,
+        dtype: jax.typing.DTypeLike,
+        topology: Topology,
+    ):
+        self.config, self.router_dtype, self.topology = config, router_dtype, topology
         experts, inner = config.experts, config.intermediate
-        self.router = declare((layers, experts, hidden), ("layers", "expert", "embed"), "float32")
-        self.correction_bias = declare((layers, experts), ("layers", "expert"), "float32")
+        self.router = declare((layers, experts, hidden), ("layers", "choices", "embed"), "float32")
+        self.correction_bias = declare((layers, experts), ("layers", "choices"), "float32")
         self.gate_up = declare(
             (layers, experts, 2, inner, hidden), ("layers", "expert", "gate_up", "expert_inner", "embed"), dtype
         )
@@ -34,6 +49,11 @@ class MoE(nnx.Module):
         inputs, router = rounded(x), rounded(array(self.router, layer))
         logits = jnp.dot(inputs, router.T, precision=jax.lax.Precision.HIGHEST)
         ids, weights = route(logits, array(self.correction_bias, layer), self.config)
+        run = partial(self._run, layer)
+        return on_all_devices(x, ids, weights, self.config.experts, self.topology, run).astype(x.dtype)
+
+    def _run(self, layer: jax.Array, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        """The experts that this device has (see `ExpertMLP`)."""
         gate_up, down = self.gate_up.get_value(), self.down.get_value()
         if isinstance(gate_up, MXFP4Weight):
             return mxfp4_expert_mlp(
@@ -47,7 +67,7 @@ class MoE(nnx.Module):
             at = jax.tree.map(lambda w: w[layer, e], (gate_up, down))
             return dequantize(at[0], x.dtype), dequantize(at[1], x.dtype)
 
-        return expert_mlp(x, ids, weights, expert, self.config.experts)
+        return expert_mlp(x, ids, weights, expert, gate_up.values.shape[1])
 
 
 def route(logits: jax.Array, correction_bias: jax.Array, config: MoeConfig) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,7 @@
 """What each device holds of a model under a topology, and whether the model can be cut that way."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -56,8 +56,6 @@ def check(topology: Topology, config: BackboneConfig, drafter: DrafterConfig | N
                 f"{kv_heads} KV heads of {name} attention neither divide by {width} devices nor does their "
                 f"number divide them, so that each could be copied to equally many"
             )
-    if drafter is not None and topology.data_parallel > 1 and not topology.dp_lm_head:
-        raise TopologyError("drafts under DP attention need a DP LM head: every group picks its own tokens")
     _divides(config.vocab_size, topology.width("vocab"), f"a vocabulary of {config.vocab_size}")
     _divides(config.moe.experts, topology.width("expert"), f"{config.moe.experts} experts")
     quantized = config.quantization
@@ -69,6 +67,17 @@ def check(topology: Topology, config: BackboneConfig, drafter: DrafterConfig | N
     _divides(config.dense_intermediate, width, f"a dense inner size of {config.dense_intermediate}", block)
     if drafter is not None:
         _divides(drafter.intermediate, width, f"the drafter's inner size of {drafter.intermediate}")
+
+
+def with_copied_kv_heads[C: (BackboneConfig, DrafterConfig)](config: C, topology: Topology) -> C:
+    """The configuration of what devices hold: where more of them share a KV head's query heads, each has a copy.
+
+    With each KV head repeated, groups of query heads are as many times smaller, and attention is the same.
+    """
+    width = topology.width("heads")
+    names = ("full", "swa") if isinstance(config, BackboneConfig) else ("attention",)
+    attentions = {name: getattr(config, name) for name in names}
+    return replace(config, **{n: replace(a, kv_heads=max(a.kv_heads, width)) for n, a in attentions.items()})
 
 
 def holdings(topology: Topology, config: BackboneConfig, drafter: DrafterConfig | None = None) -> list[Holding]:

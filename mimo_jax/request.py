@@ -3,8 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax.sampling import Sampling
@@ -100,7 +100,7 @@ def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
 def batch_requests(
     prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], eos_ids: Sequence[int], vocab_size: int
 ) -> Requests:
-    """Requests as arrays, one row a request.
+    """Requests as arrays on the host, one row a request.
 
     Args:
         prompts: Their token ids.
@@ -112,12 +112,12 @@ def batch_requests(
     """
     stops = [sorted({*p.stop_token_ids, *(() if p.ignore_eos else eos_ids)}) for p in params]
     biases = [sorted(p.logit_bias.items()) for p in params]
-    seen = np.zeros((len(prompts), vocab_size), bool)
+    seen: Any = np.zeros((len(prompts), vocab_size), bool)
     for row, prompt in enumerate(prompts):
         seen[row, np.asarray(prompt, np.int64)] = True
 
-    def column(name: str, dtype: str) -> jnp.ndarray:
-        return jnp.asarray(np.array([getattr(p, name) for p in params], dtype))
+    def column(name: str, dtype: str) -> Any:
+        return np.array([getattr(p, name) for p in params], dtype)
 
     sampling = Sampling(
         temperature=column("temperature", "float32"),
@@ -128,15 +128,16 @@ def batch_requests(
         presence_penalty=column("presence_penalty", "float32"),
         frequency_penalty=column("frequency_penalty", "float32"),
         seed=column("seed", "uint32"),
-        bias_ids=_padded([[i for i, _ in b] for b in biases], -1, "int32"),
-        bias=_padded([[v for _, v in b] for b in biases], 0.0, "float32"),
-        prompt_seen=jnp.asarray(seen),
+        bias_ids=_padded([[i for i, _ in b] for b in biases], -1, "int32", least=1),
+        bias=_padded([[v for _, v in b] for b in biases], 0.0, "float32", least=1),
+        prompt_seen=seen,
     )
     return Requests(sampling, _padded(stops, -1, "int32", least=4), column("max_new_tokens", "int32"))
 
 
-def _padded(rows: Sequence[Sequence[float]], filler: float, dtype: str, least: int = 0) -> jnp.ndarray:
+def _padded(rows: Sequence[Sequence[float]], filler: float, dtype: str, least: int) -> Any:
     """Rows of unequal length as one array; its width is `least` or a power of two: few widths are ever compiled."""
+    # none is empty: the partitioner of jaxlib 0.11.2 crashes on an empty argument that a loop carries
     longest = max(least, max(map(len, rows), default=0))
-    width = 0 if longest == 0 else 1 << (longest - 1).bit_length()
-    return jnp.asarray(np.array([[*row, *[filler] * (width - len(row))] for row in rows], dtype))
+    width = 1 << (longest - 1).bit_length()
+    return np.array([[*row, *[filler] * (width - len(row))] for row in rows], dtype).reshape(len(rows), width)

@@ -3,15 +3,20 @@
 All rows of a block are processed at once, each as ordinary decoding would process it: row i's history is the
 sequence so far and the block's tokens up to row i. A token's random numbers depend on (seed, absolute position,
 purpose) alone, so samples do not change with the batch, the block boundaries or the drafter.
+
+On a mesh a device has a part of the vocabulary (`part`), and everything [..., vocab] is that part of it.
 """
 
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from sharding.collectives import Cut
+from sharding.layout import Axes, BatchArray
 
 
 class Purpose(enum.IntEnum):
@@ -28,27 +33,27 @@ class Purpose(enum.IntEnum):
 class Sampling:
     """How each sequence of a batch picks its tokens. All arrays [batch] unless noted."""
 
-    temperature: jax.Array
+    temperature: BatchArray
     """float32; 0 means greedy."""
-    top_k: jax.Array
+    top_k: BatchArray
     """int32; 0 means all."""
-    top_p: jax.Array
+    top_p: BatchArray
     """float32; 1 means all."""
-    min_p: jax.Array
+    min_p: BatchArray
     """float32; share of the best token's probability that a token must reach; 0 means none."""
-    repetition_penalty: jax.Array
+    repetition_penalty: BatchArray
     """float32; divides positive and multiplies negative logits of tokens in prompt or output; 1 means none."""
-    presence_penalty: jax.Array
+    presence_penalty: BatchArray
     """float32; subtracted once for tokens in the output."""
-    frequency_penalty: jax.Array
+    frequency_penalty: BatchArray
     """float32; subtracted for every time a token is in the output."""
-    seed: jax.Array
+    seed: BatchArray
     """uint32."""
-    bias_ids: jax.Array
+    bias_ids: Annotated[jax.Array, Axes("batch", None)]
     """[batch, biases] int32; ids outside the vocabulary are ignored."""
-    bias: jax.Array
+    bias: Annotated[jax.Array, Axes("batch", None)]
     """[batch, biases] float32, added to those ids' logits."""
-    prompt_seen: jax.Array
+    prompt_seen: Annotated[jax.Array, Axes("batch", "logits")]
     """[batch, vocab] bool: tokens that occur in the prompt."""
 
 
@@ -61,7 +66,7 @@ class History(NamedTuple):
     """[batch, rows] int32: the block's tokens; row i has seen those up to i."""
 
 
-def process_logits(logits: jax.Array, sampling: Sampling, history: History) -> jax.Array:
+def process_logits(logits: jax.Array, sampling: Sampling, history: History, part: Cut = Cut()) -> jax.Array:
     """Apply penalties and logit bias: [batch, rows, vocab] float32 to the same shape.
 
     Order: repetition, then frequency and presence, then bias.
@@ -69,13 +74,19 @@ def process_logits(logits: jax.Array, sampling: Sampling, history: History) -> j
     penalised = jnp.any(
         (sampling.repetition_penalty != 1) | (sampling.presence_penalty != 0) | (sampling.frequency_penalty != 0)
     )
-    logits = jax.lax.cond(penalised, lambda x: _penalise(x, sampling, history), lambda x: x, logits)
+    logits = jax.lax.cond(penalised, lambda x: _penalise(x, sampling, history, part), lambda x: x, logits)
     batch = jnp.arange(logits.shape[0])[:, None]
-    ids = jnp.where(sampling.bias_ids < 0, logits.shape[-1], sampling.bias_ids)  # out of range: dropped
+    ids = local_ids(sampling.bias_ids, logits.shape[-1], part)
     return logits.at[batch, :, ids].add(sampling.bias[..., None], mode="drop")
 
 
-def _penalise(logits: jax.Array, sampling: Sampling, history: History) -> jax.Array:
+def local_ids(ids: jax.Array, vocab: int, part: Cut) -> jax.Array:
+    """Ids counted from the first of this device's `vocab`; `vocab`, to be dropped, for those it does not have."""
+    local = ids - part.index() * vocab
+    return jnp.where((local >= 0) & (local < vocab), local, vocab)
+
+
+def _penalise(logits: jax.Array, sampling: Sampling, history: History, part: Cut) -> jax.Array:
     def apply(x: jax.Array, counts: jax.Array, seen: jax.Array) -> jax.Array:
         """On [batch, rows, n] logits, with output counts and presence in prompt or output of the same shape."""
         repetition, presence, frequency = (
@@ -94,18 +105,20 @@ def _penalise(logits: jax.Array, sampling: Sampling, history: History) -> jax.Ar
     same = (later[:, :, None] == later[:, None, :]).astype(jnp.int32)  # [batch, token, other]
     repeats = jnp.einsum("ij,btj->bit", within.astype(jnp.int32), same)
     batch, row = jnp.arange(later.shape[0])[:, None, None], jnp.arange(rows)[None, :, None]
-    counts = history.counts[batch[..., 0], later][:, None] + repeats  # [batch, rows, rows - 1]
-    seen = (counts > 0) | sampling.prompt_seen[batch[..., 0], later][:, None]
-    own = apply(logits[batch, row, later[:, None]], counts, seen)
-    return shared.at[batch, row, later[:, None]].set(own)
+    at = local_ids(later, logits.shape[-1], part)
+    counts = history.counts[batch[..., 0], at][:, None] + repeats  # [batch, rows, rows - 1]
+    seen = (counts > 0) | sampling.prompt_seen[batch[..., 0], at][:, None]
+    own = apply(logits[batch, row, at[:, None]], counts, seen)
+    return shared.at[batch, row, at[:, None]].set(own, mode="drop")
 
 
-def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
+def truncate(logits: jax.Array, sampling: Sampling, part: Cut = Cut()) -> jax.Array:
     """Divide by the temperature and send to -inf what top-k, top-p (of what top-k leaves) and min-p exclude.
 
     Args:
         logits: [batch, rows, vocab] float32, processed.
         sampling: Its rows with temperature 0 are treated as if it were 1.
+        part: Which part of the vocabulary the logits are of; the others are gathered if anything is to be excluded.
 
     Tokens that tie with the last one kept are kept too. Nothing is sorted: thresholds are found by bisection over the
     bits of the float32 values, which is exact and costs a fixed number of passes over the vocabulary.
@@ -115,6 +128,7 @@ def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
     top_k, top_p, min_p = (p[:, None, None] for p in (sampling.top_k, sampling.top_p, sampling.min_p))
 
     def cut(x: jax.Array) -> jax.Array:
+        x = part.gather(x, -1)
         order = _ordered_bits(x)
 
         def largest(holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -133,7 +147,7 @@ def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
         enough = largest(lambda t: jnp.sum(jnp.where(order >= t, mass, 0.0), axis=-1, keepdims=True) >= wanted)
         kept &= (order >= enough) | (top_p >= 1)
         kept &= mass >= min_p  # the best token's mass is 1
-        return jnp.where(kept, x, -jnp.inf)
+        return part.part(jnp.where(kept, x, -jnp.inf), -1)
 
     needed = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0))
     return jax.lax.cond(needed, cut, lambda x: x, scaled)
@@ -159,20 +173,21 @@ def uniforms(seed: jax.Array, positions: jax.Array, purpose: Purpose) -> jax.Arr
     return jax.vmap(jax.vmap(lambda k: jax.random.uniform(k)))(keys(seed, positions, purpose))
 
 
-def sample(truncated: jax.Array, sampling: Sampling, positions: jax.Array, purpose: Purpose) -> jax.Array:
+def sample(
+    truncated: jax.Array, sampling: Sampling, positions: jax.Array, purpose: Purpose, part: Cut = Cut()
+) -> jax.Array:
     """Draw a token a row from the softmax of truncated logits [batch, rows, vocab]; at temperature 0 take the best.
 
     Ties go to the lowest id. `positions` [batch, rows] are those the tokens will stand at. Returns [batch, rows] int32.
     """
 
     def draw(x: jax.Array) -> jax.Array:
-        noise = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(k, x.shape[-1:])))(
-            keys(sampling.seed, positions, purpose)
-        )
-        return x + jnp.where(sampling.temperature[:, None, None] > 0, noise, 0.0)
+        vocab = x.shape[-1] * part.width
+        noise = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(k, (vocab,))))(keys(sampling.seed, positions, purpose))
+        return x + jnp.where(sampling.temperature[:, None, None] > 0, part.part(noise, -1), 0.0)
 
     perturbed = jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda x: x, truncated)
-    return jnp.argmax(perturbed, axis=-1).astype(jnp.int32)
+    return part.argmax(perturbed)
 
 
 def probabilities(truncated: jax.Array, sampling: Sampling) -> jax.Array:

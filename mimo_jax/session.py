@@ -1,17 +1,16 @@
 """Decoding one batch: prompts in, tokens out, the device programs in between compiled once a shape."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mimo_jax.cache import backbone_cache, drafter_ring
 from mimo_jax.model import Model
 from mimo_jax.request import SamplingParams, batch_requests, check_requests
-from mimo_jax.speculative import DecodeState, Rounds, decode, empty_state, prefill
+from mimo_jax.speculative import PromptChunk, Rounds, decode, prefill
 
 MAX_CHUNK = 512
 """Prompt tokens a row at a time."""
@@ -68,67 +67,70 @@ class Session:
             limit = f"1 to {block}, the drafter's block" if block > 1 else "1: this model has no drafter"
             raise ValueError(f"verify_length must be {limit}, not {self.verify_length}")
         self.model, self.prompts = model, [list(p) for p in prompts]
-        self._requests = batch_requests(prompts, params, model.eos_ids, config.vocab_size)
+        # groups have equally many rows; those that are nobody's are never started
+        groups = model.models.topology.data_parallel
+        self._rows = -(-len(prompts) // groups) * groups
+        idle = self._rows - len(prompts)
+        asked = [*prompts, *[[0]] * idle], [*params, *[SamplingParams()] * idle]
+        self._requests = model.placed(batch_requests(*asked, model.eos_ids, config.vocab_size))
 
         longest = max(map(len, prompts))
         grown = max(len(p) + q.max_new_tokens for p, q in zip(prompts, params, strict=True))
         self.capacity = max(256, 1 << (grown - 1).bit_length())
         self._chunk = min(MAX_CHUNK, max(16, 1 << (longest - 1).bit_length()))
-        self._state = self._empty(block)
+        self._state = model.empty_state(self._rows, self.capacity)
+        self.active = np.zeros(len(prompts), bool)
+        """[batch]: rows that go on."""
         statics = {
             "rounds": decoding.rounds_per_dispatch,
             "verify_length": self.verify_length,
             "sampled_drafts": decoding.sampled_drafts,
         }
         start = time.perf_counter()
-        self._prefill = model.compiled(prefill, (self._state, self._requests, *self._chunk_at(0)), {})
+        self._prefill = model.compiled(prefill, (self._state, self._requests, self._chunk_at(0)), {})
         self._decode = model.compiled(decode, (self._state, self._requests), statics)
         self.compile_seconds = time.perf_counter() - start
 
-    def _empty(self, block: int) -> DecodeState:
-        model, batch = self.model, len(self.prompts)
-        cache = backbone_cache(model.config, batch, self.capacity, block, model.dtype)
-        ring = None
-        if model.drafter_config is not None:
-            ring = drafter_ring(model.drafter_config, batch, self.capacity, model.dtype)
-        return empty_state(cache, ring, model.config.vocab_size)
-
-    def _chunk_at(self, start: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        parts = [p[start : start + self._chunk] for p in self.prompts]
-        tokens = np.array([p + [0] * (self._chunk - len(p)) for p in parts], np.int32)
-        last = [start < len(p) <= start + self._chunk for p in self.prompts]
-        return jnp.asarray(tokens), jnp.asarray(np.array(list(map(len, parts)), np.int32)), jnp.asarray(np.array(last))
+    def _chunk_at(self, start: int) -> PromptChunk:
+        prompts = [*self.prompts, *[[]] * (self._rows - len(self.prompts))]
+        parts = [p[start : start + self._chunk] for p in prompts]
+        tokens: Any = np.array([p + [0] * (self._chunk - len(p)) for p in parts], np.int32)
+        counts: Any = np.array(list(map(len, parts)), np.int32)
+        last: Any = np.array([start < len(p) <= start + self._chunk for p in prompts])
+        return self.model.placed(PromptChunk(tokens, counts, last))
 
     def prefill(self) -> Step:
         """Run all prompts, chunk by chunk; gives every row its first token."""
         begin = time.perf_counter()
         firsts: list[list[int]] = [[] for _ in self.prompts]
         for start in range(0, max(map(len, self.prompts)), self._chunk):
-            tokens, counts, last = self._chunk_at(start)
-            self._state, picked = self._prefill(self.model.params, self._state, self._requests, tokens, counts, last)
-            for row in np.flatnonzero(np.asarray(last)):
-                firsts[row] = [int(picked[row])]
+            done = self._run(self._prefill, self._chunk_at(start))
+            for row, prompt in enumerate(self.prompts):
+                if start < len(prompt) <= start + self._chunk:
+                    firsts[row] = [int(done.tokens[row, 0])]
+            self.active = done.active[: len(self.prompts)]
         return Step(firsts, None, time.perf_counter() - begin)
 
     def step(self) -> Step:
         """Dispatch rounds once; rows that finish stop, and the device stops early when all have."""
         begin = time.perf_counter()
-        self._state, log, ran = self._decode(self.model.params, self._state, self._requests)
-        log, ran = jax.device_get((log, ran))
-        rounds = jax.tree.map(lambda x: x[: int(ran)], log)
+        log = self._run(self._decode)
+        rounds = jax.tree.map(lambda x: x[: log.ran, : len(self.prompts)], log)
+        self.active = rounds.active[-1] if log.ran else np.zeros(len(self.prompts), bool)
         tokens = [
             [int(t) for done, n in zip(rounds.tokens[:, row], rounds.counts[:, row], strict=True) for t in done[:n]]
             for row in range(len(self.prompts))
         ]
         return Step(tokens, rounds, time.perf_counter() - begin)
 
-    @property
-    def active(self) -> np.ndarray:
-        """[batch] bool: rows that go on."""
-        return np.asarray(self._state.active)
-
     def stop(self, rows: Sequence[int]) -> None:
         """End rows that the host has seen enough of."""
-        going = self.active.copy()
-        going[list(rows)] = False
-        self._state = replace(self._state, active=jnp.asarray(going))
+        self.active = self.active.copy()
+        self.active[list(rows)] = False
+        going = np.pad(self.active, (0, self._rows - len(self.prompts)))
+        self._state = replace(self._state, active=jax.device_put(going, self._state.active.sharding))
+
+    def _run(self, program: Callable, *arguments: PromptChunk) -> Rounds:
+        """Run a program on the state; what it gives, on the host."""
+        self._state, rounds = program(self.model.params, self._state, self._requests, *arguments)
+        return jax.device_get(rounds)

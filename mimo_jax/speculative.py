@@ -7,9 +7,11 @@ the longest prefix that agrees with the backbone stands, and one more token, the
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mimo_jax.backbone import Backbone, BackboneOutput
 from mimo_jax.cache import BackboneCache, RingKV
@@ -21,12 +23,15 @@ from mimo_jax.sampling import (
     Sampling,
     accept_matching,
     accept_rejection,
+    local_ids,
     probabilities,
     process_logits,
     sample,
     truncate,
     uniforms,
 )
+from sharding.layout import Axes, BatchArray
+from sharding.topology import Topology
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +40,11 @@ class Models:
 
     backbone: Declared[Backbone]
     drafter: Declared[Drafter] | None = None
+
+    @property
+    def topology(self) -> Topology:
+        """What a device has of them. Programs are written for one device: on a mesh, `Model` runs them on all."""
+        return self.backbone.module.topology
 
     @property
     def capture(self) -> tuple[int, ...]:
@@ -63,10 +73,23 @@ class Requests:
     """What does not change while a batch is decoded."""
 
     sampling: Sampling
-    stop_ids: jax.Array
+    stop_ids: Annotated[jax.Array, Axes("batch", None)]
     """[batch, stops] int32: tokens that end a sequence, padded with -1."""
-    max_new_tokens: jax.Array
+    max_new_tokens: BatchArray
     """[batch] int32."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PromptChunk:
+    """The next tokens of a batch's prompts."""
+
+    tokens: Annotated[jax.Array, Axes("batch", None)]
+    """[batch, chunk] int32, left-aligned."""
+    counts: BatchArray
+    """[batch] int32: how many of them are real; 0 leaves a row as it is."""
+    last: BatchArray
+    """[batch] bool: rows whose prompt ends with this chunk."""
 
 
 @jax.tree_util.register_dataclass
@@ -77,20 +100,20 @@ class DecodeState:
     cache: BackboneCache
     ring: RingKV | None
     """The drafter's context, for the same positions as `cache`."""
-    anchor: jax.Array
+    anchor: BatchArray
     """[batch] int32: the token at position `cache.lengths`."""
-    active: jax.Array
+    active: BatchArray
     """[batch] bool: rows still being decoded."""
-    emitted: jax.Array
+    emitted: BatchArray
     """[batch] int32: new tokens so far, the anchor included."""
-    output_counts: jax.Array
+    output_counts: Annotated[jax.Array, Axes("batch", "logits")]
     """[batch, vocab] int32: how often each token is among them."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rounds:
-    """What rounds did, [rounds, batch, ...]; for one round, without the leading axis."""
+    """What rounds did, [rounds, batch, ...]; for one round, without the leading axis. On a mesh, of all sequences."""
 
     drafts: jax.Array
     """[batch, verify_length - 1] int32: the draft tokens that were verified."""
@@ -100,6 +123,13 @@ class Rounds:
     """[batch] int32: tokens emitted, cut at a stop token and at the limit; 0 for rows that were not active."""
     accepted: jax.Array
     """[batch] int32: drafts the backbone agreed with, before any cut; counts is accepted + 1 where nothing was cut."""
+    active: jax.Array
+    """[batch] bool: rows that go on after the round."""
+
+    @property
+    def ran(self) -> int:
+        """How many of the rounds ran: each gives some row a token."""
+        return int(np.asarray(self.counts).any(axis=1).sum())
 
 
 def empty_state(cache: BackboneCache, ring: RingKV | None, vocab_size: int) -> DecodeState:
@@ -116,10 +146,8 @@ def prefill(
     params: ModelParams,
     state: DecodeState,
     requests: Requests,
-    tokens: jax.Array,
-    counts: jax.Array,
-    last: jax.Array,
-) -> tuple[DecodeState, jax.Array]:
+    chunk: PromptChunk,
+) -> tuple[DecodeState, Rounds]:
     """Commit a chunk of prompt, and start the rows whose prompt it completes.
 
     Args:
@@ -127,24 +155,22 @@ def prefill(
         params: Their parameters.
         state: Donated.
         requests: Sampling settings and limits.
-        tokens: [batch, chunk] int32; row b's next prompt tokens, left-aligned.
-        counts: [batch] int32: how many of them are real; 0 leaves a row as it is.
-        last: [batch] bool: rows whose prompt ends with this chunk.
+        chunk: What to commit.
 
     Returns:
-        The state, and the first new token [batch] int32 of the rows in `last` (arbitrary elsewhere).
+        The state, and a round that gave the rows which start their first new token.
     """
-    backbone = models.backbone.bind(params.backbone)
-    output = backbone(tokens, state.cache, models.capture)
+    backbone, part, counts = models.backbone.bind(params.backbone), models.topology.cut("logits"), chunk.counts
+    output = backbone(chunk.tokens, state.cache, models.capture)
     state = _commit(models, params, state, output, counts)
     final = jnp.maximum(counts - 1, 0)[:, None, None]
     logits = backbone.logits(jnp.take_along_axis(output.hidden, final, axis=1))  # [batch, 1, vocab]
     # the row's own token is part of the prompt, not of the output, so the block adds nothing to the counts
     history = History(state.output_counts, jnp.zeros_like(counts)[:, None])
-    truncated = truncate(process_logits(logits, requests.sampling, history), requests.sampling)
-    first = sample(truncated, requests.sampling, state.cache.lengths[:, None], Purpose.TOKEN)
-    state, rounds = _emit(state, requests, first[:, :0], first, jnp.zeros_like(counts), starting=last)
-    return state, rounds.tokens[:, 0]
+    truncated = truncate(process_logits(logits, requests.sampling, history, part), requests.sampling, part)
+    first = sample(truncated, requests.sampling, state.cache.lengths[:, None], Purpose.TOKEN, part)
+    state, done = _emit(models, state, requests, first[:, :0], first, jnp.zeros_like(counts), starting=chunk.last)
+    return state, _of_all_groups(models, done, axis=0)
 
 
 @partial(jax.jit, static_argnames=("models", "rounds", "verify_length", "sampled_drafts"), donate_argnames="state")
@@ -157,7 +183,7 @@ def decode(
     rounds: int,
     verify_length: int,
     sampled_drafts: bool = False,
-) -> tuple[DecodeState, Rounds, jax.Array]:
+) -> tuple[DecodeState, Rounds]:
     """Run up to `rounds` rounds on the device, fewer if every row finishes.
 
     Args:
@@ -172,27 +198,33 @@ def decode(
             also makes it the same tokens as plain decoding with the same seed.
 
     Returns:
-        The state, the rounds [rounds, batch, ...] (zero beyond the ones run) and how many ran.
+        The state, and the rounds [rounds, batch, ...], zero beyond the ones that ran.
     """
-    batch = state.anchor.shape[0]
+    batch, groups = state.anchor.shape[0], models.topology.cut("batch")
     log = Rounds(
         drafts=jnp.zeros((rounds, batch, verify_length - 1), jnp.int32),
         tokens=jnp.zeros((rounds, batch, verify_length), jnp.int32),
         counts=jnp.zeros((rounds, batch), jnp.int32),
         accepted=jnp.zeros((rounds, batch), jnp.int32),
+        active=jnp.zeros((rounds, batch), bool),
     )
 
     def proceed(carry: tuple[jax.Array, DecodeState, Rounds]) -> jax.Array:
         i, state, _ = carry
-        return (i < rounds) & jnp.any(state.active)
+        return (i < rounds) & groups.any(jnp.any(state.active))  # groups share experts: all go on, or none
 
     def step(carry: tuple[jax.Array, DecodeState, Rounds]) -> tuple[jax.Array, DecodeState, Rounds]:
         i, state, log = carry
         state, done = _round(models, params, state, requests, verify_length, sampled_drafts)
         return i + 1, state, jax.tree.map(lambda a, b: a.at[i].set(b), log, done)
 
-    ran, state, log = jax.lax.while_loop(proceed, step, (jnp.int32(0), state, log))
-    return state, log, ran
+    _, state, log = jax.lax.while_loop(proceed, step, (jnp.int32(0), state, log))
+    return state, _of_all_groups(models, log, axis=1)
+
+
+def _of_all_groups(models: Models, rounds: Rounds, axis: int) -> Rounds:
+    """Rounds with the sequences of all data-parallel groups along an axis, for the host to read."""
+    return jax.tree.map(lambda x: models.topology.cut("batch").gather(x, axis), rounds)
 
 
 def _round(
@@ -203,26 +235,27 @@ def _round(
     verify_length: int,
     sampled_drafts: bool,
 ) -> tuple[DecodeState, Rounds]:
-    backbone = models.backbone.bind(params.backbone)
+    backbone, part = models.backbone.bind(params.backbone), models.topology.cut("logits")
     sampling, lengths = requests.sampling, state.cache.lengths
     positions = lengths[:, None] + 1 + jnp.arange(verify_length)  # where each row's pick will stand
 
     drafts, q = _draft(models, params, backbone, state, sampling, verify_length, sampled_drafts)
     block = jnp.concatenate([state.anchor[:, None], drafts], axis=1)
     output = backbone(block, state.cache, models.capture)
-    logits = process_logits(backbone.logits(output.hidden), sampling, History(state.output_counts, block))
-    truncated = truncate(logits, sampling)
+    logits = process_logits(backbone.logits(output.hidden), sampling, History(state.output_counts, block), part)
+    truncated = truncate(logits, sampling, part)
     if sampled_drafts:
+        truncated = part.gather(truncated, -1)
         uniform = uniforms(sampling.seed, positions[:, :-1], Purpose.ACCEPT)
         final = uniforms(sampling.seed, positions, Purpose.RESIDUAL)
         accepted, extra = accept_rejection(probabilities(truncated, sampling), q, drafts, uniform, final)
         row = jnp.arange(verify_length)
         tokens = jnp.where(row == accepted[:, None], extra[:, None], jnp.roll(block, -1, axis=1))
     else:
-        tokens = sample(truncated, sampling, positions, Purpose.TOKEN)
+        tokens = sample(truncated, sampling, positions, Purpose.TOKEN, part)
         accepted = accept_matching(drafts, tokens)
 
-    emitted, rounds = _emit(state, requests, drafts, tokens, accepted)
+    emitted, rounds = _emit(models, state, requests, drafts, tokens, accepted)
     return _commit(models, params, emitted, output, rounds.counts), rounds
 
 
@@ -235,22 +268,24 @@ def _draft(
     verify_length: int,
     sampled: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Draft tokens [batch, verify_length - 1] and, if they are sampled, the laws they were drawn from."""
-    batch, vocab = state.output_counts.shape
+    """Draft tokens [batch, verify_length - 1] and, if they are sampled, the laws they were drawn from (of all ids)."""
+    part = models.topology.cut("logits")
     if verify_length == 1:
-        return jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0, vocab), jnp.float32)
+        batch, vocab = state.output_counts.shape
+        return jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0, vocab * part.width), jnp.float32)
     assert state.ring is not None, "a verify length above 1 needs a drafter"
     drafter, lengths = models.bind_drafter(params), state.cache.lengths
     hidden = drafter(backbone.embed(state.anchor), state.ring, lengths)
     logits = backbone.head(hidden[:, 1:verify_length])
     if not sampled:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits[..., :0]
-    logits = truncate(logits, sampling)
+        return part.argmax(logits), logits[..., :0]
+    logits = part.gather(truncate(logits, sampling, part), -1)
     positions = lengths[:, None] + 1 + jnp.arange(verify_length - 1)
     return sample(logits, sampling, positions, Purpose.DRAFT), probabilities(logits, sampling)
 
 
 def _emit(
+    models: Models,
     state: DecodeState,
     requests: Requests,
     drafts: jax.Array,
@@ -270,7 +305,7 @@ def _emit(
     finished = jnp.any(stops & standing, axis=1) | (counts >= left)
     anchor = jnp.take_along_axis(tokens, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
     batch, vocab = state.output_counts.shape
-    counted = jnp.where(standing, tokens, vocab)  # out of range: dropped
+    counted = jnp.where(standing, local_ids(tokens, vocab, models.topology.cut("logits")), vocab)
     state = replace(
         state,
         anchor=jnp.where(rows, anchor, state.anchor),
@@ -278,7 +313,7 @@ def _emit(
         emitted=state.emitted + counts,
         output_counts=state.output_counts.at[jnp.arange(batch)[:, None], counted].add(1, mode="drop"),
     )
-    return state, Rounds(drafts, tokens, counts, jnp.where(rows, accepted, 0))
+    return state, Rounds(drafts, tokens, counts, jnp.where(rows, accepted, 0), state.active)
 
 
 def _commit(

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -50,6 +50,12 @@ class StoredWeight:
         """Stored bytes of a row (FP8 scales, a few parts in ten thousand, are not counted)."""
         tensors = (self.tensor, *self.scales) if self.format == "mxfp4" else (self.tensor,)
         return sum(t.nbytes // t.shape[0] for t in tensors)
+
+    def with_copied_heads(self, head_rows: int, times: int) -> "StoredWeight":
+        """The weight with every head's rows `times` in a row."""
+        order = np.repeat(np.arange(self.shape[0]).reshape(-1, head_rows), times, axis=0).reshape(-1)
+        rows = RowMap(order, order) if self.rows is None else RowMap(self.rows.stored[order], self.rows.scale[order])
+        return replace(self, shape=(len(order), *self.shape[1:]), rows=rows)
 
     def read_values(self, out: np.ndarray, start: int, stop: int) -> None:
         """Stored rows start .. stop, in the model's order, into `out` [stop - start, ...]."""
@@ -133,6 +139,8 @@ class Leaf:
     """Leading axes, such as (layers, experts, 2)."""
     sources: list[StoredWeight]
     """In row-major order of `lead`; all of one shape."""
+    head_rows: int = 0
+    """Of K and V: rows of a head."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -148,6 +156,13 @@ class Leaf:
     def nbytes(self) -> int:
         """What reading it all reports to `Progress`."""
         return sum(source.row_bytes * source.shape[0] for source in self.sources)
+
+    def fitted(self, shape: tuple[int, ...]) -> "Leaf":
+        """The leaf with every KV head as often as a module declares, whose devices share heads."""
+        times, rest = divmod(math.prod(shape), math.prod(self.shape))
+        if not self.head_rows or times < 2 or rest:
+            return self
+        return replace(self, sources=[s.with_copied_heads(self.head_rows, times) for s in self.sources])
 
     def load(self, dtype: np.dtype, packed: bool, placer: "Placer", axes: tuple[str, ...]) -> Any:
         """Read it.
@@ -174,6 +189,7 @@ class Leaf:
         if format == "fp8":
             rows, columns = source.shape
             tile = math.gcd(*(s.rows.tile for s in {id(s.rows): s for s in self.sources}.values() if s.rows))
+            tile = math.gcd(tile, placer.local_rows(axes, self.shape))  # no tile is cut
 
             def tile_scales(weight: StoredWeight, out: np.ndarray, start: int, stop: int) -> None:
                 weight.read_tile_scales(out, start, stop, tile)
@@ -243,6 +259,10 @@ class Placer:
             # Waiting here bounds the memory of the host: one block, not all that its devices own.
             arrays += jax.block_until_ready([jax.device_put(buffer, device) for device in devices])
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+    def local_rows(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> int:
+        """Rows [..., rows, columns] that a device has of an array."""
+        return self._where(axes, shape).shard_shape(shape)[-2]
 
     def put(self, values: np.ndarray, axes: tuple[str, ...]) -> jax.Array:
         """An array that is already in memory."""

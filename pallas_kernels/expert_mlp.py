@@ -21,16 +21,18 @@ def expert_mlp(
 ) -> jax.Array:
     """Sum over each token's experts of weight * down(silu(gate x) * up x), accumulated in float32.
 
+    Experts numbered `experts` and more are elsewhere, and add nothing.
+
     Args:
         x: [tokens, hidden].
-        ids: [tokens, top_k] int32, each token's experts.
+        ids: [tokens, top_k] int32, each token's experts, none below 0.
         weights: [tokens, top_k] float32, their routing weights.
         expert: Given an expert's id (scalar int32), its gate and up [2, inner, hidden] and its down [hidden, inner] in
             x's dtype. Called once an expert and tile of rows, so packed weights are expanded one expert at a time.
         experts: Their number.
 
     Returns:
-        [tokens, hidden] in x's dtype. No token is dropped, whatever the routing.
+        [tokens, hidden] float32. No token is dropped, whatever the routing.
     """
     plan = _tiles(ids, experts)
 
@@ -43,7 +45,7 @@ def expert_mlp(
         scaled = y.astype(jnp.float32) * weights.reshape(-1)[pair][:, None]
         return out.at[token].add(scaled, mode="drop")
 
-    return jax.lax.fori_loop(0, plan.count, add_tile, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
+    return jax.lax.fori_loop(0, plan.count, add_tile, jnp.zeros(x.shape, jnp.float32))
 
 
 class _Tiles(NamedTuple):
@@ -102,7 +104,7 @@ def plain_expert_mlp(
         layer: Scalar int32: the row of the leading axis to use.
 
     Returns:
-        [tokens, hidden] in x's dtype.
+        [tokens, hidden] float32.
     """
 
     def expert(e: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -126,7 +128,7 @@ def _plain_backward(
         d_x, d_weights, d_gate_up, d_down = sums
         e, pair, token = plan.tile(i)
         w_in, w_out = gate_up[layer, e].astype(x.dtype), down[layer, e].astype(x.dtype)
-        rows, d_out = (a.at[token].get(mode="fill", fill_value=0) for a in (x, gradient))
+        rows, d_out = (a.at[token].get(mode="fill", fill_value=0).astype(x.dtype) for a in (x, gradient))
         (gate, up), silu = _product("ti,goi->gto", rows, w_in), jax.nn.silu
         activated, of_gate = jax.vjp(silu, gate)
         inner = activated * up
@@ -175,7 +177,7 @@ def mxfp4_expert_mlp(
         layer: Scalar int32: the row of the leading axis to use.
 
     Returns:
-        [tokens, hidden] in x's dtype.
+        [tokens, hidden] float32.
     """
 
     def expert(e: jax.Array) -> tuple[jax.Array, jax.Array]:

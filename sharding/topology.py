@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sharding.collectives import Cut
+
 Axes = str | tuple[str, ...] | None
 """Mesh axes that a dimension is cut over; None: every device has all of it."""
 
@@ -85,14 +87,19 @@ class Topology:
         """The table from the logical axes that arrays name to the mesh axes that cut them."""
         expert, inner = self._expert_axes()
         return {
+            "batch": "data",
+            "pages": "data",
             "layers": None,
-            "vocab": "tensor" if self.dp_lm_head else ("data", "tensor"),
+            # over the groups last: a range of ids that several groups share is one range (`Cut.swap_rows`)
+            "vocab": "tensor" if self.dp_lm_head else ("tensor", "data"),
+            "logits": "tensor",
             "embed": None,
             "features": None,
             "heads": "tensor",
             "kv_heads": "tensor",
             "head_dim": None,
             "mlp": None if self.dense_tensor_parallel == 1 else "tensor",
+            "choices": None,
             "expert": expert,
             "gate_up": None,
             "expert_inner": inner,
@@ -125,6 +132,14 @@ class Topology:
         size = whole // self.width(logical)
         return index * size, (index + 1) * size
 
+    def cut(self, *logical: str) -> Cut:
+        """What devices exchange that hold parts along some logical axes."""
+        over = {axis for name in logical for axis in self._cut_over(name) if self.axes[axis] > 1}
+        # of one dimension in its own order, of several in the mesh's: only sums are taken over those
+        order = self._cut_over(logical[0]) if len(logical) == 1 else tuple(self.axes)
+        axes = tuple(axis for axis in order if axis in over)
+        return Cut(axes, tuple(self.axes[axis] for axis in axes))
+
     def _cut_over(self, logical: str) -> tuple[str, ...]:
         axes = self.rules[logical]
         return (axes,) if isinstance(axes, str) else axes or ()
@@ -150,15 +165,18 @@ class Topology:
         grid = np.array(devices[: self.tensor_parallel]).reshape(sizes)
         return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
-    def sharding(self, mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
-        """The sharding of an array whose dimensions have these logical names and sizes.
-
-        A dimension that does not divide is kept whole: scales of a few rows, one for many rows of codes.
+    def spec(self, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+        """How an array whose dimensions have these logical names and sizes is cut; without a name, not at all.
 
         Raises:
             KeyError: A name that `rules` does not have.
+            TopologyError: A dimension cannot be cut into equal parts.
         """
-        cut = (
-            self.rules[axis] if size % self.width(axis) == 0 else None for axis, size in zip(axes, shape, strict=True)
-        )
-        return NamedSharding(mesh, PartitionSpec(*cut))
+        for axis, size in zip(axes, shape, strict=True):
+            if axis is not None and size % self.width(axis):
+                raise TopologyError(f"{axis} of size {size} cannot be cut into {self.width(axis)} equal parts")
+        return PartitionSpec(*(None if axis is None else self.rules[axis] for axis in axes))
+
+    def sharding(self, mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+        """Where such an array lies on a mesh; raises as `spec`."""
+        return NamedSharding(mesh, self.spec(axes, shape))

@@ -18,7 +18,7 @@ from mimo_jax.generate import Generator
 from mimo_jax.model import LoadOptions, Model, load_model
 from mimo_jax.params import Declared, Params
 from mimo_jax.request import SamplingParams, batch_requests
-from mimo_jax.speculative import DecodeState, ModelParams, Models, Requests, decode, empty_state, prefill
+from mimo_jax.speculative import DecodeState, ModelParams, Models, PromptChunk, Requests, decode, empty_state, prefill
 from mimo_jax.tokenizer import Tokenizer
 
 
@@ -157,8 +157,8 @@ def started(
         last = np.array([start < len(p) <= start + chunk for p in prompts])
         tokens = jnp.asarray(np.array([p + [0] * (chunk - len(p)) for p in parts], np.int32))
         counts = jnp.asarray(np.array([len(p) for p in parts], np.int32))
-        state, first = prefill(models, params, state, requests, tokens, counts, jnp.asarray(last))
-        firsts = np.where(last, np.asarray(first), firsts)
+        state, done = prefill(models, params, state, requests, PromptChunk(tokens, counts, jnp.asarray(last)))
+        firsts = np.where(last, np.asarray(done.tokens)[:, 0], firsts)
     return state, requests, firsts
 
 
@@ -176,8 +176,8 @@ def decoded(
     tokens = [[int(t)] for t in firsts]
     lengths: list[list[int]] = [[] for _ in prompts]
     while bool(np.asarray(state.active).any()):
-        state, log, ran = decode(models, params, state, requests, rounds=rounds, verify_length=verify_length)
-        for r in range(int(ran)):
+        state, log = decode(models, params, state, requests, rounds=rounds, verify_length=verify_length)
+        for r in range(log.ran):
             for row, n in enumerate(np.asarray(log.counts[r])):
                 tokens[row] += np.asarray(log.tokens[r, row, :n]).tolist()
                 if n:

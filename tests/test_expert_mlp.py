@@ -135,7 +135,7 @@ def test_bfloat16(rng):
     x, ids, weights, gate_up, down = make(24, 3, 5, 32, 16, "random", rng)
     x, gate_up, down = (jnp.asarray(a, jnp.bfloat16) for a in (x, gate_up, down))
     out = run_plain(x, ids, weights, gate_up, down)
-    assert out.dtype == jnp.bfloat16
+    assert out.dtype == jnp.float32  # sums stay as accurate as they were made
     x, gate_up, down = (np.asarray(a.astype(jnp.float32)) for a in (x, gate_up, down))
     reference = expected(x, ids, weights, gate_up, down)
     np.testing.assert_allclose(np.asarray(out.astype(jnp.float32)), reference, rtol=2e-2, atol=2e-2)

@@ -23,8 +23,8 @@ def _tokens(models, params, state, requests, verify_length) -> list[list[int]]:
     state = jax.tree.map(jnp.copy, state)
     out: list[list[int]] = [[] for _ in range(state.anchor.shape[0])]
     while bool(np.asarray(state.active).any()):
-        state, log, ran = decode(models, params, state, requests, rounds=32, verify_length=verify_length)
-        for r in range(int(ran)):
+        state, log = decode(models, params, state, requests, rounds=32, verify_length=verify_length)
+        for r in range(log.ran):
             for row, tokens in enumerate(out):
                 tokens += np.asarray(log.tokens[r, row, : int(log.counts[r, row])]).tolist()
     return out

@@ -14,6 +14,7 @@ from mimo_jax.config import MoeConfig
 from mimo_jax.moe import MoE, route
 from mimo_jax.params import Declared
 from mimo_jax.quantization import FP8BlockWeight, MXFP4Weight
+from sharding.topology import Topology
 from tests.conftest import golden_folders, golden_id
 
 run_route = jax.jit(route, static_argnames="config")
@@ -169,7 +170,7 @@ def make_layer(kind, rng):
 
 
 def call_layer(router_dtype):
-    declared = Declared(lambda: MoE(CONFIG, HIDDEN, router_dtype, LAYERS, jnp.float32))
+    declared = Declared(lambda: MoE(CONFIG, HIDDEN, router_dtype, LAYERS, jnp.float32, Topology()))
     return jax.jit(lambda params, x, layer: declared.bind(params)(x, layer))
 
 

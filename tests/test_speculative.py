@@ -55,8 +55,8 @@ def test_golden_runs(folder, name, last, prompt):
     settings = [SamplingParams(max_new_tokens=len(wanted))]
     # one chunk width for all runs: one compilation
     state, requests, first = started(models, model.params, prompts, settings, chunk=32)
-    _, log, ran = decode(models, model.params, state, requests, rounds=40, verify_length=8)
-    log = jax.tree.map(lambda x: np.asarray(x)[: int(ran), 0], log)
+    _, log = decode(models, model.params, state, requests, rounds=40, verify_length=8)
+    log = jax.tree.map(lambda x: np.asarray(x)[: log.ran, 0], log)
     tokens = [int(first[0])] + [int(t) for row, n in zip(log.tokens, log.counts, strict=True) for t in row[:n]]
     assert tokens == wanted
     np.testing.assert_array_equal(log.accepted + 1, run["accept_lengths"].ravel())
@@ -143,7 +143,7 @@ def test_limits_are_exact_and_finished_rows_do_not_move():
     counts = np.ones(3, int)
     while bool(np.asarray(state.active).any()):
         before = np.asarray(state.cache.lengths)
-        state, log, _ = decode(models, params, state, requests, rounds=64, verify_length=8)
+        state, log = decode(models, params, state, requests, rounds=64, verify_length=8)
         counts += np.asarray(log.counts).sum(0)
         assert int(state.cache.lengths[0]) == before[0]
     assert counts.tolist() == [1, 9, 24]
@@ -195,11 +195,11 @@ def test_speculative_samples_follow_the_plain_law(sampled_drafts):
         state, requests, first = started(models, params, [prompt] * rows, settings, capacity=64)
         tokens = [[int(t)] for t in first]
         while bool(np.asarray(state.active).any()):
-            state, log, ran = decode(
+            state, log = decode(
                 models, params, state, requests, rounds=4, verify_length=verify_length,
                 sampled_drafts=sampled_drafts and verify_length > 1,
             )  # fmt: skip
-            for r in range(int(ran)):
+            for r in range(log.ran):
                 for row in range(rows):
                     tokens[row] += np.asarray(log.tokens[r, row, : int(log.counts[r, row])]).tolist()
         return np.array(tokens)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mimo_jax.cache import backbone_cache, drafter_ring
 from mimo_jax.model import Model
 from mimo_jax.request import SamplingParams, batch_requests
 from mimo_jax.session import Decoding, Session
-from mimo_jax.speculative import DecodeState, ModelParams, Models, Requests, decode, empty_state
+from mimo_jax.speculative import DecodeState, ModelParams, Models, Requests, decode
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,19 @@ def bench_context(model: Model, *, batch: int, context: int, runs: int, seed: in
     """Time one round's parts at a context of `context` committed positions."""
     block = model.drafter_config.block_size if model.drafter_config else 1
     prompts = [[0]] * batch
-    requests = batch_requests(prompts, [SamplingParams(ignore_eos=True)] * batch, (), model.config.vocab_size)
+    settings = [SamplingParams(ignore_eos=True)] * batch
+    requests = model.placed(batch_requests(prompts, settings, (), model.config.vocab_size))
     state = _filled_state(model, batch, context, block, seed)
     draft = None
     if model.drafter_config is not None:
-        draft = _time(lambda: _draft_only(model.models, model.params, state), runs)
+        draft_only = model.compiled(_draft_only, (state,), {})
+
+        def call() -> jax.Array:
+            nonlocal state
+            state, drafts = draft_only(model.params, state)
+            return drafts
+
+        draft = _time(call, runs)
     both = _time_rounds(model, state, requests, block, runs) if block > 1 else None
     plain = _time_rounds(model, state, requests, 1, runs)
     verify = plain
@@ -117,27 +124,22 @@ def bench_context(model: Model, *, batch: int, context: int, runs: int, seed: in
 
 
 def _filled_state(model: Model, batch: int, context: int, block: int, seed: int) -> DecodeState:
-    capacity = context + 2 * block
-    cache = backbone_cache(model.config, batch, capacity, block, model.dtype)
-    ring = None
-    if model.drafter_config is not None:
-        ring = drafter_ring(model.drafter_config, batch, capacity, model.dtype)
-    state = empty_state(cache, ring, model.config.vocab_size)
+    state = model.empty_state(batch, context + 2 * block)
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(state))))
     state = jax.tree.map(
         lambda x: jax.random.normal(next(keys), x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
     )
-    lengths = jnp.full(batch, context, jnp.int32)
-    cache = type(cache)(lengths, state.cache.kv)
-    return DecodeState(cache, state.ring, state.anchor, jnp.ones(batch, bool), state.emitted, state.output_counts)
+    cache = replace(state.cache, lengths=jnp.full(batch, context, jnp.int32))
+    return model.placed(replace(state, cache=cache, active=jnp.ones(batch, bool)))
 
 
 @partial(jax.jit, static_argnames="models")
-def _draft_only(models: Models, params: ModelParams, state: DecodeState) -> jax.Array:
+def _draft_only(models: Models, params: ModelParams, state: DecodeState) -> tuple[DecodeState, jax.Array]:
     assert state.ring is not None
     backbone, drafter = models.backbone.bind(params.backbone), models.bind_drafter(params)
     hidden = drafter(backbone.embed(state.anchor), state.ring, state.cache.lengths)
-    return jnp.argmax(backbone.head(hidden[:, 1:]), axis=-1)
+    drafts = models.topology.cut("logits").argmax(backbone.head(hidden[:, 1:]))
+    return state, models.topology.cut("batch").gather(drafts, 0)
 
 
 def _time(call: Callable[[], Any], runs: int) -> Spread:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from mimo_jax.cache import BackboneCache, backbone_cache, drafter_ring
 from mimo_jax.model import Model
 from mimo_jax.request import check_ids
-from mimo_jax.speculative import ModelParams, Models
+from mimo_jax.speculative import ModelParams, Models, PromptChunk
 
 _PADDED = 256  # answers are scored at multiples of this length, so that few programs are compiled
 
@@ -43,18 +44,21 @@ def score(
     check_ids(np.unique(ids).tolist(), config.vocab_size, "ids")
     capture = tuple(range(len(config.layers))) if hidden_states else ()
     step = positions if chunk is None else chunk
+    groups = model.models.topology.data_parallel
+    rows = -(-batch // groups) * groups
     # a full forward reads nothing from the caches, so they need no room
-    cache = backbone_cache(config, batch, 0 if chunk is None else positions, 1, model.dtype)
+    cache = model.placed(backbone_cache(config, rows, 0 if chunk is None else positions, 1, model.dtype, groups=groups))
 
     logits, hidden = [], []
     for start in range(0, positions, step):
-        part = ids[:, start : start + step]
-        padded = np.pad(part, ((0, 0), (0, step - part.shape[1])))
-        scored, states, cache = _forward(
-            model.models, model.params, jnp.asarray(padded, jnp.int32), cache, jnp.int32(part.shape[1]), capture
-        )
-        logits.append(np.asarray(scored)[:, : part.shape[1]])
-        hidden.append(np.asarray(states)[:, :, : part.shape[1]])
+        part = ids[:, start : start + step].astype(np.int32)
+        count = part.shape[1]
+        padded: Any = np.pad(part, ((0, rows - batch), (0, step - count)))
+        counts: Any = np.full(rows, count, np.int32)
+        arguments = cache, model.placed(PromptChunk(padded, counts, counts == 0))
+        cache, (scored, states) = model.compiled(_forward, arguments, {"capture": capture})(model.params, *arguments)
+        logits.append(np.asarray(scored)[:batch, :count])
+        hidden.append(np.asarray(states)[:, :batch, :count])
     result = {"logits": np.concatenate(logits, axis=1)}
     if hidden_states:
         result["hidden_states"] = np.concatenate(hidden, axis=2)
@@ -74,17 +78,18 @@ def log_probabilities(model: Model, prompt: Sequence[int], answer: Sequence[int]
 def _forward(
     models: Models,
     params: ModelParams,
-    tokens: jax.Array,
     cache: BackboneCache,
-    count: jax.Array,
+    chunk: PromptChunk,
+    *,
     capture: tuple[int, ...],
-) -> tuple[jax.Array, jax.Array, BackboneCache]:
-    backbone = models.backbone.bind(params.backbone)
-    output = backbone(tokens, cache, capture)
-    embedded = backbone.embed(tokens)[:, :, None]
+) -> tuple[BackboneCache, tuple[jax.Array, jax.Array]]:
+    backbone, topology = models.backbone.bind(params.backbone), models.topology
+    output = backbone(chunk.tokens, cache, capture)
+    embedded = backbone.embed(chunk.tokens)[:, :, None]
     states = jnp.concatenate([embedded, output.captured], axis=2) if capture else output.captured
-    committed = cache.commit(output.kv, jnp.full(tokens.shape[0], count))
-    return backbone.logits(output.hidden), jnp.moveaxis(states, 2, 0).astype(jnp.float32), committed
+    states = topology.cut("batch").gather(jnp.moveaxis(states, 2, 0).astype(jnp.float32), 1)
+    logits = topology.cut("logits").gather(backbone.logits(output.hidden), -1)
+    return cache.commit(output.kv, chunk.counts), (topology.cut("batch").gather(logits, 0), states)
 
 
 def score_draft(
@@ -124,24 +129,21 @@ def score_draft(
     if positions.min() < 0 or positions.max() > context:
         raise ValueError(f"positions must lie in 0 .. {context}, the number of features given")
     check_ids(anchors.tolist(), model.config.vocab_size, "anchors")
-    hidden, logits = _draft(
-        model.models,
-        model.params,
-        jnp.asarray(features, model.dtype),
-        jnp.asarray(anchors, jnp.int32),
-        jnp.asarray(positions, jnp.int32),
-    )
+    arguments = tuple(map(np.asarray, (features, anchors, positions), (model.dtype, np.int32, np.int32)))
+    arguments = (None, *map(model.placed, arguments))
+    _, (hidden, logits) = model.compiled(_draft, arguments, {})(model.params, *arguments)
     return {"logits": np.asarray(logits), "hidden": np.asarray(hidden)}
 
 
 @partial(jax.jit, static_argnames="models")
 def _draft(
-    models: Models, params: ModelParams, features: jax.Array, anchors: jax.Array, positions: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    models: Models, params: ModelParams, _: None, features: jax.Array, anchors: jax.Array, positions: jax.Array
+) -> tuple[None, tuple[jax.Array, jax.Array]]:
     backbone, drafter = models.backbone.bind(params.backbone), models.bind_drafter(params)
     config, start = drafter.config, jnp.zeros_like(positions)
     captured = features.reshape(*features.shape[:2], len(config.target_layer_ids), config.hidden_size)
     ring = drafter_ring(config, features.shape[0], max(1, features.shape[1]), features.dtype)
     ring = ring.commit(drafter.context(captured, start), start, positions)
     hidden = drafter(backbone.embed(anchors), ring, positions)
-    return hidden.astype(jnp.float32), backbone.head(hidden)
+    logits = models.topology.cut("logits").gather(backbone.head(hidden), -1)
+    return None, (hidden.astype(jnp.float32), logits)

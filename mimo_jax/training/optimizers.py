@@ -38,7 +38,7 @@ class OptimizerConfig:
 
 def is_matrix(axes: tuple[str, ...]) -> bool:
     """Whether a parameter is a stack of hidden matrices [out, in]: neither embedding nor head, router, norm or sink."""
-    return "vocab" not in axes and len([a for a in axes if a not in STACKED]) == 2
+    return not {"vocab", "choices"} & {*axes} and len([a for a in axes if a not in STACKED]) == 2
 
 
 def matrices(axes: Params) -> Params:

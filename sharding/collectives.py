@@ -1,0 +1,83 @@
+"""What devices that hold parts of one dimension exchange, inside `jax.shard_map`.
+
+A program for a mesh is written for one device: it sees its own parts, and says where it needs those of others.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import jax
+import jax.numpy as jnp
+
+GROUPS = "data"
+"""The mesh axis whose devices attend to different sequences. Along every other axis, rows are the same."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The mesh axes that cut a dimension, outermost first. Without any, nothing is ever exchanged."""
+
+    axes: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Parts of the dimension."""
+        return prod(self.sizes)
+
+    def index(self) -> jax.Array | int:
+        """Which part this device has."""
+        return jax.lax.axis_index(self.axes) if self.axes else 0
+
+    def sum(self, partial: jax.Array) -> jax.Array:
+        """The sum over the parts, on every device."""
+        return jax.lax.psum(partial, self.axes) if self.axes else partial
+
+    def any(self, holds: jax.Array) -> jax.Array:
+        """Whether a scalar holds on some device."""
+        return jax.lax.pmax(holds.astype(jnp.int32), self.axes) > 0 if self.axes else holds
+
+    def gather(self, part: jax.Array, axis: int) -> jax.Array:
+        """The whole, from parts of a dimension."""
+        return jax.lax.all_gather(part, self.axes, axis=axis % part.ndim, tiled=True) if self.axes else part
+
+    def part(self, whole: jax.Array, axis: int) -> jax.Array:
+        """This device's part of a dimension."""
+        if not self.axes:
+            return whole
+        size = whole.shape[axis] // self.width
+        return jax.lax.dynamic_slice_in_dim(whole, self.index() * size, size, axis % whole.ndim)
+
+    def argmax(self, part: jax.Array) -> jax.Array:
+        """Where the largest value of the last dimension stands, int32; the first of equal ones.
+
+        Of each part, only its largest value and where it stands are exchanged.
+        """
+        at = jnp.argmax(part, axis=-1).astype(jnp.int32)
+        if not self.axes:
+            return at
+        best = jnp.take_along_axis(part, at[..., None], axis=-1)
+        best = self.gather(best, -1)  # [..., parts]
+        winner = jnp.argmax(best, axis=-1, keepdims=True)  # the lowest part of equal ones, which has the lowest ids
+        places = self.gather((at + self.index() * part.shape[-1])[..., None], -1)
+        return jnp.take_along_axis(places, winner, axis=-1)[..., 0]
+
+    def gather_rows(self, rows: jax.Array) -> jax.Array:
+        """Rows [n, ...] of all groups, where a group's devices do not have all parts: [groups * n, ...]."""
+        return jax.lax.all_gather(rows, GROUPS, tiled=True) if GROUPS in self.axes else rows
+
+    def sum_rows(self, partial: jax.Array) -> jax.Array:
+        """Rows [n, ...] of this group, summed over the parts, from each device's share of `gather_rows`' rows."""
+        if GROUPS in self.axes:
+            partial = jax.lax.psum_scatter(partial, GROUPS, tiled=True)
+        within = tuple(axis for axis in self.axes if axis != GROUPS)
+        return jax.lax.psum(partial, within) if within else partial
+
+    def swap_rows(self, rows: jax.Array) -> jax.Array:
+        """From parts of the last dimension for `gather_rows`' rows to larger parts for this group's rows.
+
+        The dimension is cut over the groups last, so that what stays is one range, cut over the other axes alone.
+        """
+        if GROUPS not in self.axes:
+            return rows
+        return jax.lax.all_to_all(rows, GROUPS, split_axis=0, concat_axis=rows.ndim - 1, tiled=True)
