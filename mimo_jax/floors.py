@@ -4,9 +4,12 @@ Three roofs: HBM bytes of the device that reads most, bfloat16 FLOPs of the devi
 device sends. Each is a bound by itself; the floor is the highest, as if the others hid behind it entirely. Launches,
 latencies, sampling and everything that is less than perfect come on top.
 
-Where groups attend to different sequences, rows meet experts by a sum over all devices or, where no expert is sliced,
-by an exchange among them: whichever sends for less time. Experts are chosen as if evenly and independently. Every layer waits for its slowest device, so where devices hold whole
-experts, the expectation is that of the device that has most to do.
+Rows meet their experts by a sum over all devices or, where no expert is sliced, by an exchange among them. What is
+listed is an exchange only where that saves the time of starting its further collectives; the floor is that of the way
+that sends for less time.
+
+Experts are chosen as if evenly and independently; rows that share experts read less than this floor. Every layer waits
+for its slowest device, so where devices hold whole experts, the expectation is that of the one with most to do.
 """
 
 import math
@@ -21,6 +24,9 @@ from mimo_jax.devices import Device
 from mimo_jax.plan import ACTIVATION_BYTES, SUM_BYTES, Plan, Weight
 from sharding.topology import Topology
 
+LATENCY = 10e-6
+"""Seconds to start a collective, an estimate; no floor has it."""
+_MORE_COLLECTIVES = 5  # of an exchange, in a layer, than of a sum
 _PICK_BYTES = 8  # a largest logit and its index
 _ROUTE_BYTES = 4  # an expert's id, or its weight
 
@@ -79,6 +85,8 @@ class Floor:
     flops: dict[str, float]
     """By one device."""
     collectives: tuple[Collective, ...]
+    interconnect_seconds: float
+    """To send what a round sends."""
     device: Device
 
     @property
@@ -90,11 +98,6 @@ class Floor:
     def flops_seconds(self) -> float:
         """To compute what a round computes."""
         return sum(self.flops.values()) / self.device.bf16_flops
-
-    @property
-    def interconnect_seconds(self) -> float:
-        """To send what a round sends."""
-        return sum(c.seconds for c in self.collectives)
 
     @property
     def seconds(self) -> float:
@@ -118,12 +121,19 @@ def floor(plan: Plan) -> Floor:
     parts, tokens = topology.width("expert"), plan.batch * plan.verify_length
     held = moe.experts // parts
     slowest = expected_largest(parts, held, _chance(moe.experts, moe.top_k, tokens))
+    layers = sum(layer.mlp == "moe" for layer in plan.model.config.layers)
+    by_sum, by_exchange = _experts_by_sum(plan, layers), _experts_by_exchange(plan, layers)
+    saved = _seconds(by_sum) - _seconds(by_exchange) if by_exchange else 0.0
+    way = by_exchange if saved > layers * _MORE_COLLECTIVES * LATENCY else by_sum
+    collectives = tuple(_collectives(plan, way))
+    least = _seconds(collectives) - (max(saved, 0.0) if way is by_sum else 0.0)
     return Floor(
         expected_distinct(moe.experts, moe.top_k, tokens),
         slowest,
         _bytes_read(plan, slowest / held),
         _flops(plan, tokens * moe.top_k),
-        tuple(_collectives(plan)),
+        collectives,
+        least,
         plan.device,
     )
 
@@ -223,7 +233,7 @@ def _vocabulary_over_data(topology: Topology) -> bool:
     return topology.width("vocab") > topology.attention_tensor
 
 
-def _collectives(plan: Plan) -> Iterator[Collective]:
+def _collectives(plan: Plan, experts: Sequence[Collective]) -> Iterator[Collective]:
     """Those of a round, none over a single device. Rows are bfloat16, the experts' sums float32."""
     config, drafter, rows = plan.model.config, plan.model.drafter, plan.rows
     layers = len(config.layers)
@@ -233,7 +243,7 @@ def _collectives(plan: Plan) -> Iterator[Collective]:
     yield from _summed(plan, "attention output", layers, rows * row)
     if dense:
         yield from _summed(plan, "dense MLP", layers - moe, rows * row)
-    yield from min(_experts_by_sum(plan, moe), _experts_by_exchange(plan, moe), key=_seconds)
+    yield from experts
     yield from _picked(plan, "LM head", rows, row)
     if drafter is not None and _drafts(plan):
         block = plan.group_batch * drafter.block_size * row
@@ -245,7 +255,7 @@ def _collectives(plan: Plan) -> Iterator[Collective]:
 
 
 def _seconds(collectives: Sequence[Collective]) -> float:
-    return sum(c.seconds for c in collectives) if collectives else math.inf
+    return sum(c.seconds for c in collectives)
 
 
 def _experts_by_sum(plan: Plan, layers: int) -> list[Collective]:

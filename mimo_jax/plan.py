@@ -216,7 +216,7 @@ class Plan:
 
     def memory(self) -> Memory:
         """Bytes of the device that has most."""
-        weights = dict.fromkeys(COMPONENTS, 0)
+        weights: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
         drafter = 0
         for weight in self.model.weights:
             if weight.component == "drafter":
@@ -288,8 +288,8 @@ class Plan:
             helps.append(f"--devices {devices}x{self.device.name}")
         what = f" What helps: {', or '.join(helps)}." if helps else " Nor do many times as many devices."
         return (
-            f"does not fit: each of {self.topology.tensor_parallel} x {self.device.name} would need {memory.used:,} bytes "
-            f"and has {memory.capacity:,}, which is {-memory.free:,} too few.{none}{what}"
+            f"does not fit: each of {self.topology.tensor_parallel} x {self.device.name} would need {memory.used:,} "
+            f"bytes and has {memory.capacity:,}, which is {-memory.free:,} too few.{none}{what}"
         )
 
     def _enough_devices(self) -> int | None:
