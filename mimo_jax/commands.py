@@ -115,7 +115,8 @@ def plan(arguments: argparse.Namespace) -> None:
         context=arguments.context or min(131072, config.max_positions),
         verify_length=arguments.verify_length or block,
     )
-    described = plan_report.describe(planned, arguments.accepted_length or planned.verify_length)
+    accepted = planned.verify_length if arguments.accepted_length is None else arguments.accepted_length
+    described = plan_report.describe(planned, accepted)
     if arguments.scaling:
         described["scaling"] = plan_report.scaling(planned)
     if arguments.plot is not None:

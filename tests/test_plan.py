@@ -343,6 +343,7 @@ def test_device_files_add_and_replace(tmp_path, capsys):
         (["8xH200", "--tp-size", "16"], "8 devices and --tp-size 16; they must agree"),
         (["8xH200", "--ep-size", "3"], "expert_parallel 3"),
         (["8xH200", "--accepted-length", "9"], "between 1 and the verify length, 8, and is not 9"),
+        (["8xH200", "--accepted-length", "0"], "and is not 0"),
         (["8xH200", "--plot", "/nowhere/floors.png"], "folder /nowhere does not exist"),
         (
             ["4xH200"],
