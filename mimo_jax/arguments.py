@@ -62,28 +62,39 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     topology_arguments(parser)
 
 
-def topology_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a model is spread over devices, under the names that serving engines use."""
+def topology_arguments(parser: argparse.ArgumentParser, size: int | None = 1) -> None:
+    """How a model is spread over devices, under the names that serving engines use.
+
+    Args:
+        parser: Of the command.
+        size: Of what is not said; None leaves it to the command.
+    """
+    default = "" if size is None else f" (default: {size})"
     group = parser.add_argument_group("topology")
     group.add_argument(
-        "--tensor-parallel-size", "--tp-size", type=positive, default=1, metavar="N", help="devices in all (default: 1)"
+        "--tensor-parallel-size",
+        "--tp-size",
+        type=positive,
+        default=size,
+        metavar="N",
+        help=f"devices in all{default}",
     )
     group.add_argument(
         "--data-parallel-size",
         "--dp-size",
         type=positive,
-        default=1,
+        default=size,
         metavar="N",
-        help="groups that attention splits sequences over (default: 1)",
+        help=f"groups that attention splits sequences over{default}",
     )
     group.add_argument(
         "--expert-parallel-size",
         "--ep-size",
         "--ep",
         type=positive,
-        default=1,
+        default=size,
         metavar="N",
-        help="parts of the set of experts; the devices left over slice every expert (default: 1)",
+        help=f"parts of the set of experts; the devices left over slice every expert{default}",
     )
     group.add_argument("--enable-dp-attention", action="store_true", help="run attention once in every group")
     group.add_argument("--enable-dp-lm-head", action="store_true", help="cut the vocabulary within each group")

@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run MiMo-V2 models with DFlash speculative decoding from Hugging Face checkpoint folders.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    own = (_generate, _inspect, _topology, _synthesize, _quantize, _score, _score_draft)
+    own = (_generate, _inspect, _topology, _plan, _synthesize, _quantize, _score, _score_draft)
     for add in (*own, add_bench, add_eval, add_train):
         add(commands)
     _debug(parser)
@@ -158,6 +158,51 @@ def _topology(commands: argparse._SubParsersAction) -> None:
     topology_arguments(parser)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     parser.set_defaults(handler="mimo_jax.commands:topology")
+
+
+def _plan(commands: argparse._SubParsersAction) -> None:
+    from mimo_jax.presets import PRESETS
+
+    parser = commands.add_parser(
+        "plan",
+        help="what fits where, and how fast a round can be at most",
+        description="Tell from shapes alone what every device holds, which context and batch fit, and the least time a "
+        "round can take by bandwidth, FLOPs and interconnect. Needs neither the devices nor the weights. Without "
+        "topology options, experts are whole and attention lies over all devices, or over groups of 8 beyond 8.",
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument(
+        "--model", type=Path, metavar="DIR", help="checkpoint folder; only its and its drafter's config.json are read"
+    )
+    model.add_argument("--preset", choices=sorted(PRESETS), help="a size that is known by name")
+    parser.add_argument("--devices", required=True, metavar="COUNTxNAME", help="such as 8xH200")
+    parser.add_argument(
+        "--device-file", type=Path, metavar="FILE", help="more devices, in the form of the package's devices.json"
+    )
+    topology_arguments(parser, size=None)
+
+    group = parser.add_argument_group("load")
+    group.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences (default: 1)")
+    group.add_argument(
+        "--context", type=positive, metavar="N", help="positions of each (default: 131072, or what the model has)"
+    )
+    group.add_argument(
+        "--verify-length", type=positive, metavar="N", help="rows verified a round (default: the drafter's block)"
+    )
+    group.add_argument(
+        "--accepted-length",
+        type=float,
+        metavar="X",
+        help="tokens a round gives, the backbone's own included (default: the verify length, as if all were accepted)",
+    )
+
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--scaling", action="store_true", help="also floors on 8 to 64 devices, whole and sliced experts"
+    )
+    group.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the floors against batches of 1 to 256")
+    group.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.set_defaults(handler="mimo_jax.commands:plan")
 
 
 def _synthesize(commands: argparse._SubParsersAction) -> None:

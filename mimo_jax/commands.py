@@ -13,13 +13,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from mimo_jax import plan_report
 from mimo_jax.arguments import load_generator, output_file, topology_of
 from mimo_jax.config import BackboneConfig, DrafterConfig, drafter_folder
+from mimo_jax.devices import known_devices, parse_devices
 from mimo_jax.evaluation.score import score as score_ids
 from mimo_jax.evaluation.score import score_draft as score_blocks
 from mimo_jax.generate import Completion, Generator, Prompt
 from mimo_jax.inspection import describe, report
 from mimo_jax.placement import draw, holdings
+from mimo_jax.plan import ModelShapes, Plan, default_topology
 from mimo_jax.presets import PRESETS
 from mimo_jax.progress import loading_bar, output_console
 from mimo_jax.quantize import quantize_checkpoint
@@ -28,6 +31,7 @@ from mimo_jax.session import Decoding
 from mimo_jax.stats import DecodeStats
 from mimo_jax.synthesize import synthesize as write_synthetic
 from sharding.distributed import agree
+from sharding.topology import Topology
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -95,6 +99,56 @@ def topology(arguments: argparse.Namespace) -> None:
         print(json.dumps(described))
     else:
         draw(chosen, found, output_console())
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """`mimo-jax plan`."""
+    count, device = parse_devices(arguments.devices, known_devices(arguments.device_file))
+    chosen, default = _planned_topology(arguments, count)
+    config, drafter = _configs(arguments)
+    block = drafter.block_size if drafter else 1
+    planned = Plan(
+        ModelShapes.of(config, drafter),
+        chosen,
+        device,
+        batch=arguments.batch,
+        context=arguments.context or min(131072, config.max_positions),
+        verify_length=arguments.verify_length or block,
+    )
+    accepted = planned.verify_length if arguments.accepted_length is None else arguments.accepted_length
+    described = plan_report.describe(planned, accepted)
+    if arguments.scaling:
+        described["scaling"] = plan_report.scaling(planned)
+    if arguments.plot is not None:
+        plan_report.plot(planned, output_file(arguments.plot))
+    if arguments.json:
+        print(json.dumps(described))
+    else:
+        console, mesh = output_console(), " x ".join(f"{axis} {size}" for axis, size in chosen.axes.items())
+        said = f"{plan_report.topology_words(chosen)}{' (by default)' if default else ''}; mesh {mesh}"
+        name = arguments.preset or arguments.model
+        plan_report.report(planned, described, console, f"{name} on {count} x {device.name}: {said}")
+        if arguments.scaling:
+            console.print()
+            plan_report.report_scaling(described["scaling"], console)
+    if not described["fits"]:
+        raise ValueError(planned.shortage())
+
+
+def _planned_topology(arguments: argparse.Namespace, count: int) -> tuple[Topology, bool]:
+    """The topology asked for over `count` devices, or the default one, and whether it is that."""
+    sizes = ("tensor_parallel_size", "data_parallel_size", "expert_parallel_size", "moe_dense_tp_size")
+    said = any(getattr(arguments, name) is not None for name in sizes)
+    if not (said or arguments.enable_dp_attention or arguments.enable_dp_lm_head):
+        return default_topology(count), True
+    if arguments.tensor_parallel_size not in (None, count):
+        raise ValueError(
+            f"--devices names {count} devices and --tp-size {arguments.tensor_parallel_size}; they must agree"
+        )
+    arguments.tensor_parallel_size = count
+    arguments.data_parallel_size = arguments.data_parallel_size or 1
+    arguments.expert_parallel_size = arguments.expert_parallel_size or count
+    return topology_of(arguments), False
 
 
 def _configs(arguments: argparse.Namespace) -> tuple[BackboneConfig, DrafterConfig | None]:
