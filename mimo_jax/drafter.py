@@ -20,7 +20,7 @@ class Drafter(nnx.Module):
     """The drafter without embedding and LM head, which are its backbone's."""
 
     def __init__(self, config: DrafterConfig, dtype: jax.typing.DTypeLike, topology: Topology = Topology()):
-        self.config, self.columns = config, topology.cut("mlp")
+        self.config, self.columns = config, topology.cut("draft_mlp")
         hidden, layers, inner = config.hidden_size, config.num_layers, config.intermediate
         captured = len(config.target_layer_ids)
 
@@ -35,9 +35,9 @@ class Drafter(nnx.Module):
         self.q_norm = norm(config.attention.qk_dim, "head_dim")
         self.k_norm = norm(config.attention.qk_dim, "head_dim")
         self.mlp_norm = norm(hidden, "embed")
-        self.gate = declare((layers, inner, hidden), ("layers", "mlp", "embed"), dtype)
-        self.up = declare((layers, inner, hidden), ("layers", "mlp", "embed"), dtype)
-        self.down = declare((layers, hidden, inner), ("layers", "embed", "mlp"), dtype)
+        self.gate = declare((layers, inner, hidden), ("layers", "draft_mlp", "embed"), dtype)
+        self.up = declare((layers, inner, hidden), ("layers", "draft_mlp", "embed"), dtype)
+        self.down = declare((layers, hidden, inner), ("layers", "embed", "draft_mlp"), dtype)
         self.final_norm = declare((hidden,), ("embed",), dtype)
 
     def context(self, captured: jax.Array, lengths: jax.Array) -> KV:

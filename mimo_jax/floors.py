@@ -249,8 +249,7 @@ def _collectives(plan: Plan, experts: Sequence[Collective]) -> Iterator[Collecti
         block = plan.group_batch * drafter.block_size * row
         yield from _summed(plan, "drafter: anchor", 1, plan.group_batch * row, _vocabulary_over_data(plan.topology))
         yield from _summed(plan, "drafter: attention", drafter.num_layers, block)
-        if dense:
-            yield from _summed(plan, "drafter: MLP", drafter.num_layers, block)
+        yield from _summed(plan, "drafter: MLP", drafter.num_layers, block)
         yield from _picked(plan, "drafter: LM head", plan.rows - plan.group_batch, row)
 
 

@@ -66,6 +66,7 @@ def check(topology: Topology, config: BackboneConfig, drafter: DrafterConfig | N
     block = 1 if quantized is None else _FP8_BLOCK
     _divides(config.dense_intermediate, width, f"a dense inner size of {config.dense_intermediate}", block)
     if drafter is not None:
+        width = topology.width("draft_mlp")
         _divides(drafter.intermediate, width, f"the drafter's inner size of {drafter.intermediate}")
 
 

@@ -100,6 +100,7 @@ class Topology:
             "head_dim": None,
             "mlp": None if self.dense_tensor_parallel == 1 else "tensor",
             "choices": None,
+            "draft_mlp": "tensor",
             "expert": expert,
             "gate_up": None,
             "expert_inner": inner,

@@ -10,7 +10,11 @@ from mimo_jax.synthesize import synthesize
 from sharding.topology import Topology
 
 PROMPTS = ([5, 6, 7, 8, 9] * 9, [300, 17], [44])
-SETTINGS = [SamplingParams(max_new_tokens=20, temperature=t, seed=3) for t in (0.0, 1.0, 0.7)]
+SETTINGS = [
+    SamplingParams(max_new_tokens=20, logit_bias={77: -3.0, 400: 2.0}),
+    SamplingParams(max_new_tokens=20, temperature=1.0, seed=3, top_p=0.8, top_k=40, presence_penalty=0.4),
+    SamplingParams(max_new_tokens=20, temperature=0.7, seed=3, repetition_penalty=1.3),
+]
 ONE = Topology()
 TWO_BY_TWO = Topology(4, 2, 4, dp_attention=True, dp_lm_head=True, dense_tensor_parallel=1)
 
@@ -44,9 +48,10 @@ def test_two_groups_of_two(folder, expected):
         Topology(2),
         Topology(2, expert_parallel=2),
         Topology(8, expert_parallel=8, dense_tensor_parallel=1),
-        Topology(4, 2, 2, dp_attention=True, dp_lm_head=True),
+        Topology(4, 2, 2, dp_attention=True),
         Topology(8, 8, 8, dp_attention=True, dp_lm_head=True),
         Topology(8, 4, 4, dp_attention=True, dp_lm_head=True, dense_tensor_parallel=1),
+        Topology(8, 2, 8, dp_attention=True, dense_tensor_parallel=1),
     ],
 )
 def test_any_topology(folder, expected, topology, storage):

@@ -45,7 +45,6 @@ def test_numbers_that_do_not_fit_each_other(numbers, said):
         ("mimo-v2.5-pro", Topology(24, expert_parallel=24), "128 heads of full attention .* 24"),
         ("mimo-v2.5-pro", Topology(128), "inner size of 2048 .* 128 equal parts of whole blocks of 32"),
         ("mimo-v2.5-pro", Topology(512, 4, 512, dp_attention=True, dp_lm_head=True), "384 experts .* 512 equal parts"),
-        ("mimo-v2.5-pro", Topology(16, 2, 16, dp_attention=True), "need a DP LM head"),
         ("nano", Topology(4, expert_parallel=4), "dense inner size of 768 .* whole blocks of 128"),
         ("nano", Topology(8, expert_parallel=8), "4 heads of drafter attention"),
         ("tiny", Topology(32, expert_parallel=32), "heads"),
@@ -93,11 +92,13 @@ def _ranges(index, shape):
     return [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
 
 
-def test_what_does_not_divide_is_kept_whole():
+def test_what_does_not_divide_is_refused():
     topology = Topology(8)
     mesh = topology.mesh()
     assert topology.sharding(mesh, ("heads", "embed"), (16, 6)).spec == jax.P("tensor", None)
-    assert topology.sharding(mesh, ("heads", "embed"), (6, 6)).spec == jax.P(None, None)
+    assert topology.spec((None, "heads"), (6, 16)) == jax.P(None, "tensor")
+    with pytest.raises(TopologyError, match="heads of size 6 cannot be cut into 8 equal parts"):
+        topology.sharding(mesh, ("heads", "embed"), (6, 6))
     with pytest.raises(KeyError, match="colour"):
         topology.sharding(mesh, ("colour",), (8,))
 
