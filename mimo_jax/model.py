@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,18 +53,25 @@ class LoadOptions:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A backbone, perhaps its drafter, and what turns text into ids.
+    """A backbone, perhaps its drafter, and what turns text into ids."""
 
-    Configurations are those of what devices hold: KV heads that several share are counted once for each.
-    """
-
-    config: BackboneConfig
-    drafter_config: DrafterConfig | None
-    dtype: Dtype
     models: Models
     params: ModelParams
+    dtype: Dtype
     tokenizer: Tokenizer | None
+    mesh: Mesh = field(default_factory=Topology().mesh)
+    """The devices that hold it."""
     _programs: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def config(self) -> BackboneConfig:
+        """The backbone's, as devices hold it: KV heads that several share are counted once for each."""
+        return self.models.backbone.module.config
+
+    @property
+    def drafter_config(self) -> DrafterConfig | None:
+        """The drafter's, likewise."""
+        return self.models.drafter.module.config if self.models.drafter else None
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -72,30 +79,36 @@ class Model:
         known = self.tokenizer.eos_ids if self.tokenizer else ()
         return tuple(sorted({*known, *self.config.eos_ids}))
 
-    @cached_property
-    def mesh(self) -> Mesh:
-        """The devices that hold it."""
-        return self.models.topology.mesh()
-
     def placed[T](self, tree: T) -> T:
         """Arguments of programs on the devices: state, requests and the like, as their fields name the axes."""
         return place(tree, layout(tree, self.models.topology), self.mesh)
 
     def empty_state(self, batch: int, capacity: int) -> DecodeState:
         """The state of a batch before any token, on the devices; `batch` is a multiple of the data-parallel groups."""
-        config, drafter, groups = self.config, self.drafter_config, self.models.topology.data_parallel
-
-        def build() -> DecodeState:
-            block = drafter.block_size if drafter else 1
-            cache = backbone_cache(config, batch, capacity, block, self.dtype, groups=groups)
-            ring = drafter_ring(drafter, batch, capacity, self.dtype) if drafter else None
-            return empty_state(cache, ring, config.vocab_size)
-
         key = ("empty_state", batch, capacity)
         if key not in self._programs:
-            specs = layout(jax.eval_shape(build), self.models.topology)
-            self._programs[key] = jax.jit(build, out_shardings=jax.tree.map(partial(NamedSharding, self.mesh), specs))
+            places = jax.tree.map(lambda s: s.sharding, self.state_shapes(batch, capacity))
+            self._programs[key] = jax.jit(partial(self._build_state, batch, capacity), out_shardings=places)
         return self._programs[key]()
+
+    def state_shapes(self, batch: int, capacity: int) -> DecodeState:
+        """Shapes, dtypes and places of `empty_state`."""
+        return self.shaped(jax.eval_shape(partial(self._build_state, batch, capacity)))
+
+    def shaped[T](self, tree: T) -> T:
+        """Shapes, dtypes and places of arguments of programs (see `placed`)."""
+
+        def shape(x: Any, spec: jax.P) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec))
+
+        return jax.tree.map(shape, tree, layout(tree, self.models.topology))
+
+    def _build_state(self, batch: int, capacity: int) -> DecodeState:
+        config, drafter, groups = self.config, self.drafter_config, self.models.topology.data_parallel
+        block = drafter.block_size if drafter else 1
+        cache = backbone_cache(config, batch, capacity, block, self.dtype, groups=groups)
+        ring = drafter_ring(drafter, batch, capacity, self.dtype) if drafter else None
+        return empty_state(cache, ring, config.vocab_size)
 
     def compiled(self, program: Callable, arguments: tuple, statics: dict[str, Any]) -> Callable:
         """`program(models, params, *arguments, **statics)` for all devices, compiled once for each set of shapes.
@@ -183,7 +196,7 @@ def load_model(
         read("backbone", checkpoint, models.backbone),
         read("drafter", drafter_checkpoint, models.drafter) if drafter_checkpoint and models.drafter else None,
     )
-    return model_of(models, params, dtype, tokenizer)
+    return Model(models, params, dtype, tokenizer, mesh)
 
 
 def declare_models(
@@ -196,12 +209,6 @@ def declare_models(
         return Models(backbone)
     held_drafter = with_copied_kv_heads(drafter, topology)
     return Models(backbone, Declared(lambda: Drafter(held_drafter, dtype, topology)))
-
-
-def model_of(models: Models, params: ModelParams, dtype: Dtype, tokenizer: Tokenizer | None) -> Model:
-    """Declared modules and parameters, as one."""
-    drafter = models.drafter.module.config if models.drafter else None
-    return Model(models.backbone.module.config, drafter, dtype, models, params, tokenizer)
 
 
 def default_storage(shapes: Any) -> Storage:

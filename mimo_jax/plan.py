@@ -4,7 +4,6 @@ Nothing here needs a device or a weight. Shapes and logical axes are those that 
 those of the release's layout, and the topology cuts them as it cuts arrays. `floors` has what a round costs at least.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 
 import jax
 
+from mimo_jax.abstract import packed
 from mimo_jax.backbone import Backbone
 from mimo_jax.cache import backbone_cache, drafter_ring
 from mimo_jax.config import AttentionConfig, BackboneConfig, DrafterConfig
@@ -20,10 +20,7 @@ from mimo_jax.devices import Device
 from mimo_jax.drafter import Drafter
 from mimo_jax.params import Declared
 from mimo_jax.placement import check
-from mimo_jax.qkv_layout import fused_rows, plain_rows
-from mimo_jax.quantization import FP8_COLUMNS
 from mimo_jax.session import MAX_CHUNK
-from pallas_kernels.mxfp4 import BLOCK
 from sharding.topology import Topology, TopologyError
 
 DTYPE = "bfloat16"
@@ -103,13 +100,13 @@ def _weights(declared: Declared[Any], config: BackboneConfig | DrafterConfig) ->
     axes = jax.tree.leaves(declared.axes, is_leaf=lambda node: isinstance(node, tuple))
     for (keys, leaf), names in zip(jax.tree.leaves_with_path(declared.shapes), axes, strict=True):
         path = tuple(str(key.key) for key in keys)
-        plain = ((leaf.shape, leaf.dtype.itemsize),)
         if isinstance(config, DrafterConfig):
-            yield Weight(path, "drafter", leaf.shape, names, plain, config.attention.kv_heads)
-            continue
-        attention = config.swa if any(part.startswith("swa_") for part in path) else config.full
-        arrays = plain if config.quantization is None else _packed(path, leaf.shape, config, attention) or plain
-        yield Weight(path, _component(path, names), leaf.shape, names, arrays, attention.kv_heads)
+            component, attention, stored = "drafter", config.attention, leaf
+        else:
+            attention = config.swa if any(part.startswith("swa_") for part in path) else config.full
+            component, stored = _component(path, names), packed(path, leaf, config)
+        arrays = tuple((array.shape, array.dtype.itemsize) for array in jax.tree.leaves(stored))
+        yield Weight(path, component, leaf.shape, names, arrays, attention.kv_heads)
 
 
 def _component(path: tuple[str, ...], axes: tuple[str, ...]) -> str:
@@ -123,25 +120,6 @@ def _component(path: tuple[str, ...], axes: tuple[str, ...]) -> str:
     if name in ("router", "correction_bias"):
         return "router"
     return "experts" if "expert_inner" in axes else "dense MLPs"
-
-
-def _packed(
-    path: tuple[str, ...], shape: tuple[int, ...], config: BackboneConfig, attention: AttentionConfig
-) -> tuple[tuple[tuple[int, ...], int], ...] | None:
-    """The arrays of a weight that the release's layout quantises, None for others."""
-    assert config.quantization is not None
-    name, (*lead, rows, columns) = path[-1], shape if len(shape) > 1 else (1, *shape)
-    if len(lead) > 1 and config.quantization.expert_format == "mxfp4":  # layers, experts, ...
-        return ((*lead, rows, columns // 2), 1), ((*lead, rows, columns // BLOCK), 1)
-    block = config.quantization.fp8_block[0]
-    if name in ("q", "k", "v"):
-        chunks = config.full.kv_heads if attention.kv_heads % config.full.kv_heads == 0 else 1
-        tile = fused_rows(attention, chunks, block, True)["qkv".index(name)].tile
-    elif name in ("gate", "up", "down", "gate_up"):
-        tile = plain_rows(rows, block).tile
-    else:
-        return None
-    return (shape, 1), ((*lead, rows // tile, math.ceil(columns / FP8_COLUMNS)), 4)
 
 
 @dataclass(frozen=True)

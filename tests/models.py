@@ -121,9 +121,7 @@ def byte_generator(models: Models, params: ModelParams, with_tokenizer: bool = T
     """A model of the smallest vocabulary, whose tokens are bytes."""
     backend, ids = build_byte_tokenizer(SMALLEST_VOCABULARY)
     tokenizer = Tokenizer(backend, [ids.im_end], ChatTemplate(default_chat_template(), "default"))
-    assert models.drafter is not None
-    config, drafter_config = models.backbone.module.config, models.drafter.module.config
-    return Generator(Model(config, drafter_config, "float32", models, params, tokenizer if with_tokenizer else None))
+    return Generator(Model(models, params, "float32", tokenizer if with_tokenizer else None))
 
 
 @cache

@@ -31,7 +31,7 @@ def case(request):
     """Models, two sequences, their features, and the block logits of decoding at some anchors."""
     models, params = tiny_model(3, drafter_window=request.param)
     config, drafter_config = models.backbone.module.config, tiny_configs(drafter_window=request.param)[1]
-    model = Model(config, drafter_config, "float32", models, params, None)
+    model = Model(models, params, "float32", None)
     rng = np.random.default_rng(1)
     ids = rng.integers(0, 61, (2, LENGTH)).astype(np.int32)
     backbone = models.backbone.bind(params.backbone)
@@ -124,7 +124,7 @@ def test_a_drafter_learns_its_backbones_answers(tmp_path):
     """Self-generated data: the accepted length of real decoding rises above 4. A shift of one would hold it near 1."""
     models, params = tiny_model(7)
     assert models.drafter is not None
-    model = Model(models.backbone.module.config, None, "float32", Models(models.backbone), params, None)
+    model = Model(Models(models.backbone), params, "float32", None)
     prompts = [[int(x) for x in row] for row in np.random.default_rng(0).integers(0, 61, (24, 4))]
     asked = SamplingParams(max_new_tokens=44, ignore_eos=True)
     regenerate(Generator(model), prompts, asked, tmp_path / "answers.jsonl", batch=24)
@@ -145,7 +145,7 @@ def test_a_drafter_learns_its_backbones_answers(tmp_path):
 
 def test_regeneration_goes_on_where_it_was(tmp_path):
     models, params = tiny_model(7)
-    model = Model(models.backbone.module.config, None, "float32", Models(models.backbone), params, None)
+    model = Model(Models(models.backbone), params, "float32", None)
     generator, out = Generator(model), tmp_path / "answers.jsonl"
     prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [3, 2, 1]]
     sampled = SamplingParams(max_new_tokens=6, temperature=1.0, seed=4, ignore_eos=True)

@@ -231,7 +231,7 @@ def test_muon_takes_exactly_the_hidden_matrices():
 
 
 def logits_of(backbone, params, ids) -> np.ndarray:
-    model = Model(backbone.module.config, None, "float32", Models(backbone), ModelParams(params), None)
+    model = Model(Models(backbone), ModelParams(params), "float32", None)
     return score(model, ids)["logits"]
 
 
