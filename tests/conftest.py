@@ -1,4 +1,4 @@
-"""Shared by all tests: eight CPU devices, strict promotion, seeds and golden folders."""
+"""Shared by all tests: sixteen CPU devices, strict promotion, seeds and golden folders."""
 
 import filecmp
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = REPOSITORY / "tests" / "golden"
-DEVICE_COUNT = 8
+DEVICE_COUNT = 16
 
 # Both must stand before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"

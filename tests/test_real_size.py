@@ -1,0 +1,91 @@
+"""The release at its real size, compiled from shapes for its own mesh: what devices hold, and what they exchange."""
+
+import math
+import re
+import time
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+from mimo_jax.abstract import abstract_model
+from mimo_jax.backbone import runs
+from mimo_jax.devices import known_devices
+from mimo_jax.plan import ModelShapes, Plan
+from mimo_jax.presets import PRESETS
+from mimo_jax.request import SamplingParams, batch_requests
+from mimo_jax.speculative import decode
+from sharding.topology import Topology
+
+RELEASE = Topology(16, 2, 16, dp_attention=True, dp_lm_head=True, dense_tensor_parallel=1)
+WHOLE_EXPERTS = Topology(8, expert_parallel=8)
+SLICED_EXPERTS = Topology(8)
+BATCH, CAPACITY = 2, 4096
+
+
+def configs():
+    return PRESETS["mimo-v2.5-pro"].configs()
+
+
+def arguments(topology):
+    """The model, and what its decode program takes, as shapes."""
+    config, drafter = configs()
+    model = abstract_model(config, drafter, "bfloat16", topology, topology.mesh())
+    asked = batch_requests([[1]] * BATCH, [SamplingParams()] * BATCH, (), config.vocab_size)
+    return model, model.state_shapes(BATCH, CAPACITY), model.shaped(asked)
+
+
+def held(tree):
+    """Bytes of a tree that one device has."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("topology", [RELEASE, WHOLE_EXPERTS, SLICED_EXPERTS])
+def test_a_device_holds_what_the_plan_says(topology):
+    model, state, _ = arguments(topology)
+    memory = Plan(ModelShapes.of(*configs()), topology, known_devices()["H200"], BATCH, CAPACITY, 8).memory()
+    assert held(model.params) == sum(memory.weights.values()) + memory.drafter
+    table = state.cache.kv["full"].table
+    kept = held((state.cache.kv["full"].k, state.cache.kv["full"].v, state.cache.kv["swa"], state.ring))
+    assert table.shape == (BATCH, CAPACITY // 64)
+    assert kept <= sum(memory.caches.values()) <= kept * 1.05  # the plan has room for the round that is under way
+
+
+def compiled(topology):
+    model, state, requests = arguments(topology)
+    begun = time.perf_counter()
+    program = model.lowered(decode, (state, requests), {"rounds": 8, "verify_length": 8}).compile()
+    return program, time.perf_counter() - begun, held((model.params, state, requests))
+
+
+@pytest.mark.slow
+def test_the_release_on_sixteen_devices():
+    """Two groups of eight: every collective is one that the model asks for, and none of them moves weights."""
+    program, seconds, argument_bytes = compiled(RELEASE)
+    assert seconds < 120, "twice what it may take on a quiet machine"
+    assert program.memory_analysis().argument_size_in_bytes == argument_bytes
+
+    found = list(collectives(program.as_text()))
+    config, drafter = configs()
+    layers = list(runs(config.layers, drafter.target_layer_ids))  # layers of one kind in a row are one loop
+    moe = sum(run.kind.mlp == "moe" for run in layers)
+    counted = Counter(kind for kind, _ in found)
+    assert counted["reduce-scatter"] == moe  # experts' sums to the group that asked
+    # attention, and experts' sums within a group; embeddings of rows and anchor; the drafter's attention and MLP;
+    # whether anybody goes on
+    assert counted["all-reduce"] == len(layers) + moe + 2 + 2 + 1
+    # rows, ids and weights of both groups; largest logits and where they stand, twice; truncation's logits, where asked
+    # for; what the host reads
+    assert counted["all-gather"] == 3 * moe + 4 + 1 + 5
+    assert set(counted) == {"reduce-scatter", "all-reduce", "all-gather"}
+    one_expert_matrix = config.moe.intermediate * config.hidden_size // 2
+    assert max(size for _, size in found) < one_expert_matrix
+
+
+def collectives(text):
+    """Kind and bytes of every collective in a compiled program."""
+    sizes = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}
+    for shape, kind in re.findall(r"= (\S+|\(.*?\)) (all-\S+?|reduce-scatter|collective-\S+?)\(", text):
+        parts = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape)
+        yield kind, sum(sizes[dtype] * int(np.prod([int(n) for n in dims.split(",") if n])) for dtype, dims in parts)
