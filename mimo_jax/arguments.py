@@ -8,6 +8,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mimo_jax.presets import NANO
 from sharding.hosts import resolve
 
 if TYPE_CHECKING:
@@ -30,7 +31,13 @@ def positives(text: str) -> list[int]:
 def model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, and how it is loaded."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
+    group.add_argument(
+        "--model",
+        type=Path,
+        default=NANO,
+        metavar="DIR",
+        help="checkpoint folder (default: the small model that comes with the package)",
+    )
     group.add_argument(
         "--drafter", default="auto", metavar="DIR", help="drafter folder, or none (default: DIR/dflash if it exists)"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mimo_jax.model import LoadOptions, Model, load_model
+from mimo_jax.presets import NANO
 from mimo_jax.progress import loading_bar
 from mimo_jax.request import SamplingParams
 from mimo_jax.session import Decoding, Session, Step
@@ -70,8 +71,14 @@ class Generator:
         """Of the latest call."""
 
     @classmethod
-    def load(cls, folder: str | Path, *, progress: bool = True, **options: Any) -> "Generator":
-        """Load a checkpoint folder, with a progress bar unless told otherwise; `options` as in `LoadOptions`."""
+    def load(cls, folder: str | Path = NANO, *, progress: bool = True, **options: Any) -> "Generator":
+        """Load a checkpoint folder, with a progress bar unless told otherwise.
+
+        Args:
+            folder: Default: the small trained model that comes with the package.
+            progress: Whether to draw a bar.
+            options: As in `LoadOptions`.
+        """
         with loading_bar(progress) as report:
             return cls(load_model(Path(folder), LoadOptions(**options), report))
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mimo_jax.config import BackboneConfig, DrafterConfig
@@ -273,8 +274,8 @@ _SMALL = _backbone(
     **_SMALL_SIZES,
 )
 
-# The size of the model that comes with the package: 14 million parameters, 4 million active, for a byte tokenizer with
-# 2048 ids, of which 2041 is the mask token's.
+# The size of the model that comes with the package (`NANO`): 14 million parameters, 4 million active, for a byte
+# tokenizer with 2048 ids, of which 2041 is the mask token's.
 _NANO = _backbone(
     hidden=256,
     heads=8,
@@ -297,6 +298,9 @@ _NANO = _backbone(
     intermediate_size=768,
 )
 
+NANO = Path(__file__).parent / "nano"
+"""The folder of the trained model that comes with the package."""
+
 PRESETS: dict[str, Preset] = {
     "mimo-v2-flash": Preset(_FLASH, None, mtp_layers=3),
     "mimo-v2.5": Preset(_V25, _drafter(_V25, (0, 11, 23, 35, 47), 151675, rms_norm_eps=1e-06), mtp_layers=3),
@@ -309,10 +313,9 @@ PRESETS: dict[str, Preset] = {
             (0, 2, 4, 6, 7),
             2041,
             intermediate_size=256,
-            num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=64,
-            v_head_dim=64,
+            head_dim=32,
+            v_head_dim=32,
             sliding_window=256,
         ),
         mtp_layers=0,

@@ -64,10 +64,13 @@ def test_the_release_on_sixteen_devices():
     """Two groups of eight: every collective is one that the model asks for, and none of them moves weights."""
     program, seconds, argument_bytes = compiled(RELEASE)
     assert seconds < 120, "twice what it may take on a quiet machine"
-    assert program.memory_analysis().argument_size_in_bytes == argument_bytes
+    analysis = program.memory_analysis()
+    assert analysis is not None
+    assert analysis.argument_size_in_bytes == argument_bytes
 
     found = list(collectives(program.as_text()))
     config, drafter = configs()
+    assert drafter is not None
     layers = list(runs(config.layers, drafter.target_layer_ids))  # layers of one kind in a row are one loop
     moe = sum(run.kind.mlp == "moe" for run in layers)
     counted = Counter(kind for kind, _ in found)

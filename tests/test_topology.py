@@ -46,7 +46,6 @@ def test_numbers_that_do_not_fit_each_other(numbers, said):
         ("mimo-v2.5-pro", Topology(128), "inner size of 2048 .* 128 equal parts of whole blocks of 32"),
         ("mimo-v2.5-pro", Topology(512, 4, 512, dp_attention=True, dp_lm_head=True), "384 experts .* 512 equal parts"),
         ("nano", Topology(4, expert_parallel=4), "dense inner size of 768 .* whole blocks of 128"),
-        ("nano", Topology(8, expert_parallel=8), "4 heads of drafter attention"),
         ("tiny", Topology(32, expert_parallel=32), "heads"),
     ],
 )
