@@ -11,6 +11,7 @@ import numpy as np
 from mimo_jax.model import Model
 from mimo_jax.request import SamplingParams, batch_requests, check_requests
 from mimo_jax.speculative import PromptChunk, Rounds, decode, prefill
+from sharding.layout import place
 
 MAX_CHUNK = 512
 """Prompt tokens a row at a time."""
@@ -128,7 +129,8 @@ class Session:
         self.active = self.active.copy()
         self.active[list(rows)] = False
         going = np.pad(self.active, (0, self._rows - len(self.prompts)))
-        self._state = replace(self._state, active=jax.device_put(going, self._state.active.sharding))
+        active = place(going, self._state.active.sharding.spec, self.model.mesh)
+        self._state = replace(self._state, active=active)
 
     def _run(self, program: Callable, *arguments: PromptChunk) -> Rounds:
         """Run a program on the state; what it gives, on the host."""

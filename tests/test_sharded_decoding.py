@@ -1,13 +1,18 @@
 """Decoding on meshes: the same tokens as on one device, greedy and sampled, with weights where the topology says."""
 
 import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mimo_jax.cli import main
+from mimo_jax.evaluation.score import score
 from mimo_jax.generate import Generator
+from mimo_jax.model import LoadOptions, load_model
 from mimo_jax.request import SamplingParams
 from mimo_jax.synthesize import synthesize
 from sharding.topology import Topology
+from tests.conftest import golden_folders, golden_id
 
 PROMPTS = ([5, 6, 7, 8, 9] * 9, [300, 17], [44])
 SETTINGS = [
@@ -56,6 +61,53 @@ def test_two_groups_of_two(folder, expected):
 )
 def test_any_topology(folder, expected, topology, storage):
     assert tokens(folder, topology, storage) == expected
+
+
+GOLDEN_MESHES = [
+    Topology(8, expert_parallel=8),
+    Topology(8, 2, 8, dp_attention=True, dp_lm_head=True),
+    Topology(8, 2, 2, dp_attention=True),
+    Topology(8, 2, 4, dp_attention=True),
+    Topology(8, 8, 8, dp_attention=True, dp_lm_head=True),
+    Topology(8),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", GOLDEN_MESHES)
+@pytest.mark.parametrize("folder", golden_folders("backbone_tiny_f32"), ids=golden_id)
+def test_golden_logits_on_a_mesh(folder, topology):
+    """Hidden states and logits of the independent reference, with KV heads copied where the mesh is wider than they."""
+    expected = load_file(folder / "golden.safetensors")
+    model = load_model(folder, LoadOptions(topology=topology, router_dtype="float32"))
+    got = score(model, expected["input_ids"], hidden_states=True)
+    np.testing.assert_allclose(got["logits"], expected["sg.logits"], atol=2e-5, rtol=0)
+    np.testing.assert_allclose(got["hidden_states"], expected["sg.hidden_states"], atol=5e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", [Topology(16, 2, 8, dp_attention=True), Topology(16, 2, 2, dp_attention=True)])
+@pytest.mark.parametrize("folder", golden_folders("backbone_tiny_f32"), ids=golden_id)
+def test_golden_tokens_on_two_groups_of_eight(folder, topology):
+    expected = load_file(folder / "golden.safetensors")
+    generator = Generator.load(folder, topology=topology, router_dtype="float32", progress=False)
+    tokens = expected["sg.greedy_tokens"]
+    settings = SamplingParams(max_new_tokens=tokens.shape[1], ignore_eos=True)
+    got = generator.generate_batch(expected["input_ids"].tolist(), settings)
+    np.testing.assert_array_equal([c.token_ids for c in got], tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", [TWO_BY_TWO, Topology(8, 4, 4, dp_attention=True, dense_tensor_parallel=1)])
+def test_bfloat16_on_a_mesh(folder, topology):
+    """Rounded sums in another order: logits within what bfloat16's 8 bits make of it."""
+    ids = np.random.default_rng(5).integers(0, 500, (3, 40)).astype(np.int32)
+    one, many = (
+        score(load_model(folder, LoadOptions(topology=t, dtype="bfloat16")), ids)["logits"] for t in (ONE, topology)
+    )
+    error = np.abs(one - many)
+    assert np.median(error) < 0.02 * np.abs(one).std()
+    assert np.mean(one.argmax(-1) == many.argmax(-1)) > 0.9
 
 
 @pytest.mark.parametrize("storage", ["expanded", "packed"])

@@ -1,0 +1,81 @@
+"""The release at its real size, compiled for H200s by a machine that has none."""
+
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jax.experimental import topologies
+
+from mimo_jax.abstract import abstract_model
+from mimo_jax.backbone import runs
+from mimo_jax.presets import PRESETS
+from mimo_jax.request import SamplingParams, batch_requests
+from mimo_jax.speculative import PromptChunk, decode, prefill
+from sharding.topology import Topology
+from tests.collectives import collectives
+
+pytestmark = pytest.mark.gpu_compile
+
+MEMORY = 141e9
+EIGHT = Topology(8, expert_parallel=8)
+SIXTEEN = Topology(16, 2, 16, dp_attention=True, dp_lm_head=True, dense_tensor_parallel=1)
+BATCH, CAPACITY = 2, 4096
+
+
+def model_of(topology):
+    """The release on GPUs of one node or of two."""
+    described = topologies.get_topology_desc(
+        platform="cuda",
+        target_config=(Path(__file__).parent / "targets" / "h200.txtpb").read_text(),
+        topology=f"1x{topology.tensor_parallel // 8}x8",
+    )
+    config, drafter = PRESETS["mimo-v2.5-pro"].configs()
+    return abstract_model(config, drafter, "bfloat16", topology, topology.mesh(list(described.devices)))
+
+
+def compiled(model, program, *arguments, **statics):
+    """The program's text, bytes of a device (arguments, temporaries), and seconds from tracing to machine code."""
+    asked = batch_requests([[1]] * BATCH, [SamplingParams()] * BATCH, (), model.config.vocab_size)
+    given = (model.state_shapes(BATCH, CAPACITY), model.shaped(asked), *arguments)
+    begun = time.perf_counter()
+    # tests compile for speed of compilation, which is not what is looked at here
+    done = model.lowered(program, given, statics).compile({"xla_backend_optimization_level": 3})
+    seconds = time.perf_counter() - begun
+    memory = done.memory_analysis()
+    assert memory is not None
+    return done.as_text() or "", memory.argument_size_in_bytes + memory.temp_size_in_bytes, seconds
+
+
+@pytest.mark.parametrize("topology", [EIGHT, SIXTEEN], ids=["8 GPUs", "16 GPUs"])
+def test_decode(topology, record_property):
+    model = model_of(topology)
+    text, memory, seconds = compiled(model, decode, rounds=8, verify_length=8)
+    record_property("seconds", seconds)
+    print(f"{topology.tensor_parallel} H200: {seconds:.1f} s to compile, {memory / 1e9:.1f} GB a device")
+    assert memory < MEMORY
+    assert seconds < 120, "twice what it may take on a quiet machine"
+    layers = list(runs(model.config.layers, model.models.capture))
+    moe = sum(run.kind.mlp == "moe" for run in layers)
+    found = list(collectives(text))
+    counted = Counter(kind for kind, _ in found)
+    groups = topology.data_parallel > 1
+    assert counted["reduce-scatter"] == (moe if groups else 0)
+    assert counted["all-gather"] >= (moe if groups else 0)  # the compiler joins those of one layer
+    dense = sum(run.kind.mlp == "dense" for run in layers) if topology.width("mlp") > 1 else 0
+    assert counted["all-reduce"] == len(layers) + moe + dense + 2 + 2 + groups
+    assert not {"all-to-all", "ragged-all-to-all", "collective-permute"} & set(counted)
+    one_expert_matrix = model.config.moe.intermediate * model.config.hidden_size // 2
+    assert max(size for _, size in found) < one_expert_matrix, "no weight is sent anywhere"
+
+
+def test_prefill_of_many_tokens_sends_rows_to_their_experts():
+    model = model_of(SIXTEEN)
+    length = 2048
+    chunk = PromptChunk(np.zeros((BATCH, length), np.int32), np.zeros(BATCH, np.int32), np.zeros(BATCH, bool))
+    text, memory, _ = compiled(model, prefill, model.shaped(chunk))
+    moe = sum(run.kind.mlp == "moe" for run in runs(model.config.layers, model.models.capture))
+    counted = Counter(kind for kind, _ in collectives(text))
+    assert counted["ragged-all-to-all"] == 4 * moe  # rows, ids and weights; sums on the way back
+    assert memory < MEMORY
