@@ -313,8 +313,13 @@ def _fill(
         dtype: Of the arrays.
         read: Fills a buffer with some of the rows.
     """
-    pieces = list(_pieces(rows, math.prod(width) * dtype.itemsize))
-    buffer = np.empty((max(math.prod(_sizes(p)) for p in pieces), *width), dtype)
+    row_bytes = math.prod(width) * dtype.itemsize
+    cut = any(_sizes(owned) != width for owned in columns)
+    if not cut and all(device.platform == "cpu" for devices in columns.values() for device in devices):
+        pieces = [rows]  # the buffer becomes the array, without a copy
+    else:
+        pieces = list(_pieces(rows, row_bytes))
+    buffer = _aligned(max(math.prod(_sizes(p)) for p in pieces) * row_bytes).view(dtype).reshape(-1, *width)
     arrays: dict[jax.Device, jax.Array] = {}
     for piece in pieces:
         sizes = _sizes(piece)
@@ -350,6 +355,13 @@ def _pieces(rows: Ranges, row_bytes: int) -> Iterator[Ranges]:
     for position in itertools.product(*(range(*bounds) for bounds in rows[:axis])):
         for start in range(first, max(last, first + 1), step):
             yield (*((p, p + 1) for p in position), (start, min(start + step, last)), *rows[axis + 1 :])
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    """Memory [bytes] uint8 that a CPU device takes over as it is: it wants a multiple of 64 for an address."""
+    raw = np.empty(nbytes + 64, np.uint8)
+    first = -raw.ctypes.data % 64
+    return raw[first : first + nbytes]
 
 
 def _sizes(ranges: Ranges) -> tuple[int, ...]:
