@@ -59,6 +59,12 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         help="row order of fused qkv weights, where the files do not prove it (default: auto)",
     )
     group.add_argument("--draft-rope-theta", type=float, metavar="BASE", help="replaces the drafter's rope_theta")
+    group.add_argument(
+        "--snapshot",
+        type=Path,
+        metavar="DIR",
+        help="restore the weights from there, or put them there for the next time if there are none",
+    )
     topology_arguments(parser)
 
 
@@ -162,6 +168,7 @@ def load_generator(arguments: argparse.Namespace) -> "Generator":
         qkv_layout=arguments.qkv_layout,
         draft_rope_theta=arguments.draft_rope_theta,
         topology=topology_of(arguments),
+        snapshot=arguments.snapshot,
     )
 
 

@@ -54,7 +54,7 @@ class _Checkpoint:
     def tensors(self) -> list[StoredTensor]:
         """What loading reads, in the order of the files."""
         sources = [source for leaf in self._leaves for source in leaf.sources]
-        found = {(t.file.path, t.start): t for source in sources for t in (source.tensor, *source.scales)}
+        found = {(str(t.file.path), t.start): t for source in sources for t in (source.tensor, *source.scales)}
         return [found[key] for key in sorted(found)]
 
     @property

@@ -14,6 +14,7 @@ from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig, drafter_
 from mimo_jax.drafter import Drafter
 from mimo_jax.params import Declared, Params
 from mimo_jax.placement import check
+from mimo_jax.snapshot import restore_or_load
 from mimo_jax.speculative import ModelParams, Models
 from mimo_jax.tokenizer import Tokenizer
 from sharding.topology import Topology
@@ -45,6 +46,8 @@ class LoadOptions:
     """Replaces the drafter's RoPE base."""
     topology: Topology = field(default_factory=Topology)
     """How weights lie on devices; everything computed from them follows."""
+    snapshot: Path | None = None
+    """Folder of weights as they lie in memory: restored from, or made after loading if there is none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +98,7 @@ def load_model(
     Raises:
         ConfigError, CheckpointError, TokenizerError: With the file and key, tensor or token that is wrong.
         TopologyError: The model cannot be cut that way, or there are too few devices.
+        SnapshotError: The snapshot is of something else, unfinished or damaged.
     """
     config = BackboneConfig.from_folder(
         folder, swa_visible_keys=options.swa_visible_keys, router_dtype=options.router_dtype
@@ -128,10 +132,22 @@ def load_model(
 
         return source.load(declared, storage=storage, sharding=placed, progress=report)
 
-    params = ModelParams(
-        read("backbone", checkpoint, backbone),
-        read("drafter", drafter_checkpoint, drafter) if drafter_checkpoint and drafter else None,
-    )
+    def load() -> ModelParams:
+        return ModelParams(
+            read("backbone", checkpoint, backbone),
+            read("drafter", drafter_checkpoint, drafter) if drafter_checkpoint and drafter else None,
+        )
+
+    if options.snapshot is None:
+        params = load()
+    else:
+        outline = ModelParams(
+            checkpoint.outline(backbone, storage, placed),
+            drafter_checkpoint.outline(drafter, storage, placed) if drafter_checkpoint and drafter else None,
+        )
+        sources = {"backbone": checkpoint, "drafter": drafter_checkpoint}
+        made_with = {"storage": storage, "dtype": dtype, "qkv_layout": options.qkv_layout}
+        params = restore_or_load(options.snapshot, sources, made_with, outline, load)
     return Model(config, drafter_config, dtype, Models(backbone, drafter), params, tokenizer)
 
 

@@ -251,7 +251,13 @@ class Placer:
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
     def _read(
-        self, leaf: Leaf, inner: tuple[int, ...], read: ReadRows, source_bytes: int | None, rows: Ranges, out: np.ndarray
+        self,
+        leaf: Leaf,
+        inner: tuple[int, ...],
+        read: ReadRows,
+        source_bytes: int | None,
+        rows: Ranges,
+        out: np.ndarray,
     ) -> None:
         """Fill `out` with a range of every leading axis and of rows."""
         for done in self._run(_jobs(leaf, inner, rows, out, read, source_bytes)):

@@ -1,6 +1,5 @@
 """Loading in pieces: the same parameters whatever their size, and a bound on what the host holds."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,7 +8,6 @@ import jax
 import pytest
 
 from mimo_jax import stored_weights
-from mimo_jax.cli import main
 from mimo_jax.model import LoadOptions, load_model
 from mimo_jax.presets import PRESETS, Preset
 from mimo_jax.synthesize import synthesize
