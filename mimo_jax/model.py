@@ -106,7 +106,7 @@ def load_model(
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     backbone = Declared(lambda: Backbone(config, dtype))
     checkpoint = BackboneCheckpoint(folder, config, options.qkv_layout)
-    drafter_at = _drafter_folder(folder, options.drafter)
+    drafter_at = find_drafter(folder, options.drafter)
     drafter = drafter_config = drafter_checkpoint = None
     if drafter_at is not None:
         drafter_config = DrafterConfig.from_folder(drafter_at, rope_theta=options.draft_rope_theta)
@@ -172,7 +172,12 @@ def _declare_drafter(config: DrafterConfig, dtype: Dtype) -> Declared[Drafter]:
     return Declared(lambda: Drafter(config, dtype))
 
 
-def _drafter_folder(folder: Path, choice: Path | str) -> Path | None:
+def find_drafter(folder: Path, choice: Path | str) -> Path | None:
+    """Where the drafter of a checkpoint lies by `LoadOptions.drafter`, if there is to be one.
+
+    Raises:
+        ConfigError: There is no such folder.
+    """
     if choice == "none":
         return None
     if choice == "auto":

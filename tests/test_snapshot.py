@@ -33,9 +33,7 @@ def assert_restores(folder, snapshot, saved_as=(), restored_as=(), **options):
     )
     assert told == []
     assert jax.tree.structure(restored.params) == jax.tree.structure(expected)
-    assert_same(restored.params.backbone, expected.backbone)
-    if expected.drafter is not None:
-        assert_same(restored.params.drafter, expected.drafter)
+    assert_same(vars(restored.params), vars(expected))
     assert [x.sharding for x in jax.tree.leaves(restored.params)] == [x.sharding for x in jax.tree.leaves(expected)]
     return restored
 
@@ -61,9 +59,8 @@ def tiny(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("topologies", [(Topology(), TWO_BY_TWO), (TWO_BY_TWO, Topology(2))], ids=["1-4", "4-2"])
-def test_another_mesh(tiny, tmp_path, topologies):
-    saved, restored = ({"topology": topology} for topology in topologies)
+def test_another_mesh(tiny, tmp_path):
+    saved, restored = {"topology": TWO_BY_TWO}, {"topology": Topology(2)}
     assert_restores(tiny, tmp_path / "snapshot", saved, restored, storage="packed")
 
 
@@ -76,6 +73,7 @@ def made(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_another_mesh_gives_the_same_tokens(made):
     def tokens(topology):
         model = load(made / "model", made / "snapshot", topology=topology, storage="packed", dtype="float32")
