@@ -57,7 +57,7 @@ class _Checkpoint:
         found = {(str(t.file.path), t.start): t for source in sources for t in (source.tensor, *source.scales)}
         return [found[key] for key in sorted(found)]
 
-    @property
+    @cached_property
     def total_bytes(self) -> int:
         """What loading all of it on one device reports to `progress`."""
         return sum(leaf.nbytes for leaf in self._leaves)
