@@ -29,6 +29,7 @@ FORMAT = 1
 MANIFEST = "snapshot.json"
 _WEIGHTS = "weights"
 _CHUNK_BYTES = 1 << 26  # what is read at once: a device of another mesh reads little that it does not own
+_WHOLE_BYTES = 1 << 25  # of larger files, only samples are read before the weights are
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 Sources = Mapping[str, BackboneCheckpoint | DrafterCheckpoint | None]
@@ -95,27 +96,28 @@ def _files(sources: Sources) -> dict[str, dict[str, Any]]:
         paths = {source.where / "config.json", *(tensor.file.path for tensor in source.tensors)}
         paths |= {source.where / INDEX_NAME} if (source.where / INDEX_NAME).exists() else set()
         paths |= set(source.where.glob("mask_embedding*"))
-        for path in sorted(paths):
-            name = f"{component}/{path.relative_to(source.where).as_posix()}"
-            found[name] = {"bytes": path.stat().st_size, "digest": _digest(path)}
+        found |= {f"{component}/{path.relative_to(source.where).as_posix()}": _identity(path) for path in sorted(paths)}
     return found
 
 
-def _digest(path: Path) -> str:
-    """SHA-256 of a file; of safetensors, of the header and of samples spread over the data.
+def _identity(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file; if it is large, of its safetensors header and of samples spread over the rest.
 
     Weights that were trained further differ in almost every sample; reading all of them would take as long as loading.
     """
+    size = path.stat().st_size
     with path.open("rb") as file:
-        if path.suffix != ".safetensors":
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        length = file.read(8)
-        digest = hashlib.sha256(length + file.read(int.from_bytes(length, "little")))
-        start, end = file.tell(), path.stat().st_size
+        if size <= _WHOLE_BYTES:
+            return {"bytes": size, "digest": hashlib.file_digest(file, "sha256").hexdigest()}
+        digest = hashlib.sha256()
+        if path.suffix == ".safetensors":
+            length = file.read(8)
+            digest.update(length + file.read(int.from_bytes(length, "little")))
+        start = file.tell()
         for i in range(_SAMPLES):
-            file.seek(start + (end - start) * i // _SAMPLES)
+            file.seek(start + (size - start) * i // _SAMPLES)
             digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+    return {"bytes": size, "digest": digest.hexdigest()}
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -138,7 +140,8 @@ def _save(folder: Path, expected: Mapping[str, Any], weights: Any) -> None:
     checksums = _checksums(arrays)
     if jax.process_index() != 0:
         return
-    data = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(_data_files(folder))}
+    files = sorted(path for path in (folder / _WEIGHTS).rglob("*") if path.is_file())
+    data = {path.relative_to(folder).as_posix(): _identity(path) for path in files}
     whole = {**expected, "checksums": checksums, "data": data}
     partial_file = folder / f"{MANIFEST}.partial"
     with partial_file.open("w", encoding="utf-8") as file:
@@ -153,14 +156,16 @@ def _restore[T](folder: Path, expected: Mapping[str, Any], outline: T) -> T:
     for problem in (_other_format, _other_options, _other_files, _other_arrays):
         if reason := problem(manifest, expected):
             raise _refusal(folder, reason)
-    for name, size in manifest["data"].items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != size:
-            raise _refusal(folder, f"is damaged: {name} {_then_and_now(f'{size:,} bytes', found and f'{found:,}')}")
+    data = {name: _identity(folder / name) for name in manifest["data"] if (folder / name).is_file()}
+    if changed := _changed(manifest["data"], data):
+        raise _refusal(folder, f"is damaged: {changed}")
     wanted = _named(outline)
     try:
         with _checkpointer() as checkpointer:
-            stored = checkpointer.metadata((folder / _WEIGHTS).absolute()).item_metadata.tree
+            described = checkpointer.metadata((folder / _WEIGHTS).absolute()).item_metadata
+        if described is None:
+            raise ValueError(f"Orbax finds no arrays in {_WEIGHTS}")
+        stored = described.tree
         at_a_time = max(_read_bytes(leaf, stored[name].storage.chunk_shape) for name, leaf in wanted.items())
         with _checkpointer(at_a_time) as checkpointer:
             arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
@@ -197,33 +202,35 @@ def _other_format(manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> s
 def _other_options(manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
     then, now = manifest["options"], expected["options"]
     differing = [f"{k} {_then_and_now(then.get(k), now.get(k))}" for k in {**then, **now} if then.get(k) != now.get(k)]
-    return f"was made with other options: {', '.join(differing)}" if differing else None
+    return f"was made with other options: {_some(differing)}" if differing else None
 
 
 def _other_files(manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
     then, now = manifest["files"], expected["files"]
-    problems = []
-    if gone := then.keys() - now.keys():
-        problems.append(f"also of {name_some(gone, 3)}")
-    if new := now.keys() - then.keys():
-        problems.append(f"without {name_some(new, 3)}")
-    sizes = {n: (then[n]["bytes"], now[n]["bytes"]) for n in sorted(then.keys() & now.keys()) if then[n] != now[n]}
-    changed = [
-        f"{name} {_then_and_now(f'{a:,} bytes', f'{b:,}')}" if a != b else f"{name} has other contents of the same size"
-        for name, (a, b) in sizes.items()
-    ]
-    if changed:
-        problems.append("; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else ""))
-    return f"was made of another checkpoint, or before it changed: {'; '.join(problems)}" if problems else None
+    changed = _changed(then, now)
+    return f"was made of another checkpoint, or before it changed: {changed}" if changed else None
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Which files differ, and how; empty if none do."""
+    differing = []
+    for name in sorted({*then, *now}):
+        before, after = (f"{files[name]['bytes']:,} bytes" if name in files else None for files in (then, now))
+        if before != after:
+            differing.append(f"{name} {_then_and_now(before, after)}")
+        elif then[name] != now[name]:
+            differing.append(f"{name} has other contents of the same size")
+    return _some(differing)
 
 
 def _other_arrays(manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
     then, now = manifest["arrays"], expected["arrays"]
     differing = [f"{k} {_then_and_now(then.get(k), now.get(k))}" for k in {**then, **now} if then.get(k) != now.get(k)]
-    if not differing:
-        return None
-    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-    return f"holds other arrays than this topology and version use: {', '.join(differing[:3])}{more}"
+    return f"holds other arrays than this topology and version use: {_some(differing)}" if differing else None
+
+
+def _some(problems: list[str]) -> str:
+    return "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
 
 
 def _then_and_now(then: Any, now: Any) -> str:
@@ -235,10 +242,6 @@ def _first_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-
-
-def _data_files(folder: Path) -> list[Path]:
-    return [path for path in (folder / _WEIGHTS).rglob("*") if path.is_file()]
 
 
 def _checkpointer(at_a_time: int = 0) -> ocp.Checkpointer:

@@ -1,5 +1,6 @@
 """Loading in pieces: the same parameters whatever their size, and a bound on what the host holds."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import jax
 import pytest
 
 from mimo_jax import stored_weights
+from mimo_jax.cli import main
 from mimo_jax.model import LoadOptions, load_model
 from mimo_jax.presets import PRESETS, Preset
 from mimo_jax.synthesize import synthesize
@@ -69,6 +71,17 @@ def test_any_pieces_give_the_same_parameters(tiny, monkeypatch, storage):
     pieces = load_model(tiny, options).params
     assert_same(vars(pieces), vars(whole))
     assert [x.sharding for x in jax.tree.leaves(pieces)] == [x.sharding for x in jax.tree.leaves(whole)]
+
+
+def test_bench_load(tiny, capsys, tmp_path):
+    command = ["bench", "load", "--model", tiny, "--snapshot", tmp_path / "snapshot", "--runs", 2]
+    assert main([str(c) for c in (*command, "--json", tmp_path / "load.json")]) == 0
+    assert "page cache warm" in capsys.readouterr().out
+    raw, load, restore = json.loads((tmp_path / "load.json").read_text())["load"]
+    assert [r["what"] for r in (raw, load, restore)] == ["raw read", "load", "restore"]
+    assert raw["nbytes"] == load["nbytes"] <= sum(p.stat().st_size for p in tiny.rglob("*.safetensors"))
+    assert all(r["gigabytes_per_second"] > 0 and r["seconds"]["runs"] == 2 for r in (raw, load, restore))
+    assert load["owned_bytes"] == restore["owned_bytes"]
 
 
 @pytest.fixture(scope="module")

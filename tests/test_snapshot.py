@@ -1,5 +1,6 @@
 """Snapshots: what was saved comes back bit for bit on any mesh, and what does not fit is refused with the reason."""
 
+import hashlib
 import json
 import shutil
 
@@ -61,7 +62,7 @@ def tiny(tmp_path_factory):
 
 def test_another_mesh(tiny, tmp_path):
     saved, restored = {"topology": TWO_BY_TWO}, {"topology": Topology(2)}
-    assert_restores(tiny, tmp_path / "snapshot", saved, restored, storage="packed")
+    assert_restores(tiny, tmp_path / "snapshot", saved, restored, storage="packed", drafter="none")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_a_moved_checkpoint_is_the_same(copy):
         ({"storage": "expanded"}, "storage was packed and is expanded"),
         ({"dtype": "bfloat16"}, "dtype was float32 and is bfloat16"),
         ({"qkv_layout": "chunked"}, "qkv_layout was auto and is chunked"),
-        ({"drafter": "none"}, "also of drafter/config.json, drafter/dflash_draft_model"),
+        ({"drafter": "none"}, " and is absent; drafter/mask_embedding.pt was "),
     ],
 )
 def test_other_options(made, options, said):
@@ -129,8 +130,13 @@ def test_options_that_change_no_weight(made):
     assert model.drafter_config.attention.rope_theta == 5e6
 
 
-def test_weights_that_changed(copy):
-    """Of the same sizes and shapes, as after more training; the drafter's are the same."""
+@pytest.mark.parametrize("whole", [0, 1 << 25])
+def test_weights_that_changed(copy, monkeypatch, whole):
+    """Of the same sizes and shapes, as after more training; of large files, samples are compared."""
+    monkeypatch.setattr("mimo_jax.snapshot._WHOLE_BYTES", whole)
+    shutil.rmtree(copy / "snapshot")
+    load(copy / "model", copy / "snapshot", storage="packed", dtype="float32")
+    load(copy / "model", copy / "snapshot", storage="packed", dtype="float32")
     synthesize(MICRO, copy / "model", seed=8, overwrite=True)
     said = refused(copy, "backbone/model-00001-of-00001.safetensors has other contents of the same size")
     assert "config.json" not in said
@@ -204,17 +210,22 @@ def test_data_that_is_gone_or_short(copy):
 
 @pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
 def test_data_that_differs(copy, where):
+    """Checksums of the arrays find what samples of a large file do not show."""
     path, size = largest(copy)
+    name = path.relative_to(copy / "snapshot").as_posix()
     data = bytearray(path.read_bytes())
     data[int(where * size)] ^= 0x10
     path.write_bytes(data)
+    refused(copy, f"is damaged: {name} has other contents of the same size")
+    edited(copy, lambda m: m["data"][name].update(digest=hashlib.sha256(data).hexdigest()))
     refused(copy, "is damaged: the checksums of these arrays differ: ")
 
 
-def test_data_that_cannot_be_read(copy):
-    path = copy / "snapshot" / "weights" / "manifest.ocdbt"
-    path.write_bytes(bytes(path.stat().st_size))
-    refused(copy, "is damaged: ")
+def test_data_that_orbax_cannot_read(copy):
+    path = copy / "snapshot" / "weights" / "_METADATA"
+    path.write_text("{")
+    edited(copy, lambda m: m["data"].pop("weights/_METADATA"))
+    refused(copy, "is damaged: ValueError: Orbax finds no arrays in weights")
 
 
 def test_a_folder_of_something_else(copy):
