@@ -1,7 +1,7 @@
 """Snapshots: loaded weights on disk, as they lie in memory, to be restored onto any mesh that they fit.
 
 A snapshot is a folder: `weights/`, Orbax's data, and `snapshot.json`, the manifest, which is written last. The manifest
-says what the weights were made from, what they are and how large the data is, so that nothing is restored that loading
+says what the weights were made from, what they are and which files hold them, so that nothing is restored that loading
 would not give.
 """
 
@@ -171,8 +171,10 @@ def _restore[T](folder: Path, expected: Mapping[str, Any], outline: T) -> T:
             arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
             request = ocp.args.PyTreeRestore(wanted, restore_args=arguments)
             arrays = checkpointer.restore((folder / _WEIGHTS).absolute(), request)
+    except (MemoryError, jax.errors.JaxRuntimeError):  # too little memory says nothing about the snapshot
+        raise
     except Exception as error:  # Orbax raises bare exceptions for data that it cannot read
-        raise _refusal(folder, f"is damaged: {_first_line(error)}") from error
+        raise _refusal(folder, f"cannot be read, and is probably damaged: {_first_line(error)}") from error
     checksums = _checksums(arrays)
     if wrong := [name for name, checksum in checksums.items() if checksum != manifest["checksums"].get(name)]:
         raise _refusal(folder, f"is damaged: the checksums of these arrays differ: {name_some(wrong, 3)}")
@@ -206,8 +208,7 @@ def _other_options(manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> 
 
 
 def _other_files(manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    then, now = manifest["files"], expected["files"]
-    changed = _changed(then, now)
+    changed = _changed(manifest["files"], expected["files"])
     return f"was made of another checkpoint, or before it changed: {changed}" if changed else None
 
 
