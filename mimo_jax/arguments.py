@@ -13,6 +13,7 @@ from sharding.hosts import resolve
 
 if TYPE_CHECKING:
     from mimo_jax.generate import Generator
+    from mimo_jax.model import LoadOptions
     from sharding.topology import Topology
 
 
@@ -66,6 +67,12 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         help="row order of fused qkv weights, where the files do not prove it (default: auto)",
     )
     group.add_argument("--draft-rope-theta", type=float, metavar="BASE", help="replaces the drafter's rope_theta")
+    group.add_argument(
+        "--snapshot",
+        type=Path,
+        metavar="DIR",
+        help="restore the weights from there, or put them there for the next time if there are none",
+    )
     topology_arguments(parser)
 
 
@@ -165,14 +172,12 @@ def topology_of(arguments: argparse.Namespace) -> "Topology":
     )
 
 
-def load_generator(arguments: argparse.Namespace) -> "Generator":
-    """The model that `model_arguments` describe, with a progress bar."""
-    from mimo_jax.generate import Generator  # only once there is something to do: help texts need no JAX
+def load_options(arguments: argparse.Namespace) -> "LoadOptions":
+    """What `model_arguments` say of loading."""
+    from mimo_jax.model import LoadOptions  # only once there is something to do: help texts need no JAX
 
-    drafter = arguments.drafter if arguments.drafter in ("auto", "none") else Path(arguments.drafter)
-    return Generator.load(
-        arguments.model,
-        drafter=drafter,
+    return LoadOptions(
+        drafter=arguments.drafter if arguments.drafter in ("auto", "none") else Path(arguments.drafter),
         dtype=arguments.dtype,
         storage=arguments.storage,
         swa_visible_keys=arguments.swa_visible_keys,
@@ -180,7 +185,15 @@ def load_generator(arguments: argparse.Namespace) -> "Generator":
         qkv_layout=arguments.qkv_layout,
         draft_rope_theta=arguments.draft_rope_theta,
         topology=topology_of(arguments),
+        snapshot=arguments.snapshot,
     )
+
+
+def load_generator(arguments: argparse.Namespace) -> "Generator":
+    """The model that `model_arguments` describe, with a progress bar."""
+    from mimo_jax.generate import Generator
+
+    return Generator.load(arguments.model, **vars(load_options(arguments)))
 
 
 def output_file(path: Path) -> Path:

@@ -7,6 +7,7 @@ params = checkpoint.load(declared)
 import logging
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from mimo_jax.safetensors_reader import (
     name_some,
     shorten,
 )
-from mimo_jax.stored_weights import Leaf, Placer, Progress, Sharding
+from mimo_jax.stored_weights import Leaf, Outliner, Placer, Progress, Sharding
 from mimo_jax.torch_sidecar import read_mask_embedding
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,11 @@ logger = logging.getLogger(__name__)
 Storage = Literal["packed", "expanded"]
 
 _MASK_NAMES = ("mask_embedding", "mask_embedding.weight")
+
+
+def default_readers() -> int:
+    """Threads that read and decode."""
+    return min(8, os.cpu_count() or 1)
 
 
 class _Checkpoint:
@@ -45,6 +51,13 @@ class _Checkpoint:
         self._leaves, self._vectors = leaves, vectors
 
     @property
+    def tensors(self) -> list[StoredTensor]:
+        """What loading reads, in the order of the files."""
+        sources = [source for leaf in self._leaves for source in leaf.sources]
+        found = {(str(t.file.path), t.start): t for source in sources for t in (source.tensor, *source.scales)}
+        return [found[key] for key in sorted(found)]
+
+    @cached_property
     def total_bytes(self) -> int:
         """What loading all of it on one device reports to `progress`."""
         return sum(leaf.nbytes for leaf in self._leaves)
@@ -72,14 +85,25 @@ class _Checkpoint:
             CheckpointError: The formats cannot be kept packed (before any data is read), a file has become
                 shorter, or a scale is no number.
         """
+        return self._place(declared, storage, Placer(sharding, progress, readers or default_readers()))
+
+    def outline(self, declared: Declared[Any], storage: Storage, sharding: Sharding | None = None) -> Params:
+        """The shapes, dtypes and shardings of what `load` would give; no data is read.
+
+        Raises:
+            CheckpointError: The formats cannot be kept packed.
+        """
+        return self._place(declared, storage, Outliner(sharding))
+
+    def _place(self, declared: Declared[Any], storage: Storage, placer: Placer) -> Params:
         shapes, axes = _flatten(declared.shapes), _flatten(declared.axes)
         leaves = [leaf.fitted(shapes[leaf.path].shape) if leaf.path in shapes else leaf for leaf in self._leaves]
         offered = {leaf.path: leaf.shape for leaf in leaves} | {(k,): v.shape for k, v in self._vectors.items()}
         if offered != {path: s.shape for path, s in shapes.items()}:
             raise ValueError(f"{self.where}: the declared module was made from another configuration")
-        packed = self._choose_packed() if storage == "packed" else set()
+        packed = self._packed if storage == "packed" else set()
         params: Params = {}
-        with Placer(sharding, progress, readers or min(8, os.cpu_count() or 1)) as placer:
+        with placer:
             for leaf in leaves:
                 node = params
                 for key in leaf.path[:-1]:
@@ -90,7 +114,8 @@ class _Checkpoint:
                 params[key] = placer.put(vector.astype(shapes[(key,)].dtype), axes[(key,)])
         return params
 
-    def _choose_packed(self) -> set[tuple[str, ...]]:
+    @cached_property
+    def _packed(self) -> set[tuple[str, ...]]:
         """Paths of the leaves that stay packed: those stored in one quantised format, alike for the experts."""
         packed: set[tuple[str, ...]] = set()
         experts: dict[tuple[str, ...], set[str]] = {}

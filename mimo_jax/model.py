@@ -17,6 +17,7 @@ from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig, drafter_
 from mimo_jax.drafter import Drafter
 from mimo_jax.params import Declared, Params
 from mimo_jax.placement import check, with_copied_kv_heads
+from mimo_jax.snapshot import restore_or_load
 from mimo_jax.speculative import DecodeState, ModelParams, Models, empty_state
 from mimo_jax.tokenizer import Tokenizer
 from sharding.layout import layout, place
@@ -49,6 +50,8 @@ class LoadOptions:
     """Replaces the drafter's RoPE base."""
     topology: Topology = field(default_factory=Topology)
     """How weights lie on devices; everything computed from them follows."""
+    snapshot: Path | None = None
+    """Folder of weights as they lie in memory: restored from, or made after loading if there is none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,13 +162,14 @@ def load_model(
     Raises:
         ConfigError, CheckpointError, TokenizerError: With the file and key, tensor or token that is wrong.
         TopologyError: The model cannot be cut that way, or there are too few devices.
+        SnapshotError: The snapshot is of something else, unfinished or damaged.
     """
     config = BackboneConfig.from_folder(
         folder, swa_visible_keys=options.swa_visible_keys, router_dtype=options.router_dtype
     )
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     checkpoint = BackboneCheckpoint(folder, config, options.qkv_layout)
-    drafter_at = _drafter_folder(folder, options.drafter)
+    drafter_at = find_drafter(folder, options.drafter)
     drafter_config = drafter_checkpoint = None
     if drafter_at is not None:
         drafter_config = DrafterConfig.from_folder(drafter_at, rope_theta=options.draft_rope_theta)
@@ -192,10 +196,24 @@ def load_model(
 
         return source.load(declared, storage=storage, sharding=placed, progress=report)
 
-    params = ModelParams(
-        read("backbone", checkpoint, models.backbone),
-        read("drafter", drafter_checkpoint, models.drafter) if drafter_checkpoint and models.drafter else None,
-    )
+    def load() -> ModelParams:
+        return ModelParams(
+            read("backbone", checkpoint, models.backbone),
+            read("drafter", drafter_checkpoint, models.drafter) if drafter_checkpoint and models.drafter else None,
+        )
+
+    if options.snapshot is None:
+        params = load()
+    else:
+        outline = ModelParams(
+            checkpoint.outline(models.backbone, storage, placed),
+            drafter_checkpoint.outline(models.drafter, storage, placed)
+            if drafter_checkpoint and models.drafter
+            else None,
+        )
+        sources = {"backbone": checkpoint, "drafter": drafter_checkpoint}
+        made_with = {"storage": storage, "dtype": dtype, "qkv_layout": options.qkv_layout}
+        params = restore_or_load(options.snapshot, sources, made_with, outline, load)
     return Model(models, params, dtype, tokenizer, mesh)
 
 
@@ -228,7 +246,12 @@ def available_memory() -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
 
 
-def _drafter_folder(folder: Path, choice: Path | str) -> Path | None:
+def find_drafter(folder: Path, choice: Path | str) -> Path | None:
+    """Where the drafter of a checkpoint lies by `LoadOptions.drafter`, if there is to be one.
+
+    Raises:
+        ConfigError: There is no such folder.
+    """
     if choice == "none":
         return None
     if choice == "auto":

@@ -1,7 +1,8 @@
 """Weights as a checkpoint stores them, and their way into arrays: block by block, straight into the final sharding.
 
-A leaf of the parameter tree stacks many stored weights. Every block of it that a device owns is read by byte ranges
-into one buffer, decoded on the way if it is to be expanded, and handed to the device before the next is begun.
+A leaf of the parameter tree stacks many stored weights. The rows of it that devices of this process own are read by
+byte ranges into a buffer of bounded size, decoded on the way if they are to be expanded, and written into the devices'
+arrays before the next are read. So the host holds a constant number of bytes, whatever the size of the model.
 """
 
 import itertools
@@ -9,10 +10,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -27,7 +29,13 @@ Sharding = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
 Progress = Callable[[int], None]
 """Told how many more bytes of the checkpoint have been read."""
 
-_STRIP_BYTES = 1 << 26  # rows are read and decoded in strips of about this size
+Ranges = tuple[tuple[int, int], ...]
+"""Half-open, one an axis."""
+
+PIECE_BYTES = 1 << 26
+"""What is read before it is handed to the devices."""
+STRIP_BYTES = 1 << 23
+"""What one reader reads and decodes at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +221,7 @@ ReadRows = Callable[[StoredWeight, np.ndarray, int, int], None]
 
 
 class Placer:
-    """Reads leaves into device arrays, one device's block at a time, with several readers."""
+    """Reads leaves into device arrays, piece by piece, with several readers."""
 
     def __init__(self, sharding: Sharding | None, progress: Progress | None, readers: int):
         self._sharding = sharding
@@ -245,20 +253,31 @@ class Placer:
             read: Fills rows start .. stop of one source.
             source_bytes: What one source counts for in progress; None: all it has.
         """
-        shape = (*leaf.lead, *inner)
+        shape, depth = (*leaf.lead, *inner), len(leaf.lead) + 1
         sharding = self._where(axes, shape)
-        owners: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+        owners: dict[Ranges, dict[Ranges, list[jax.Device]]] = {}
         for device, index in sharding.addressable_devices_indices_map(shape).items():
             assert index is not None
-            owners.setdefault(tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)), []).append(device)
+            block = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+            owners.setdefault(block[:depth], {}).setdefault(block[depth:], []).append(device)
         arrays: list[jax.Array] = []
-        for block, devices in owners.items():
-            buffer = np.empty([stop - start for start, stop in block], dtype)
-            for done in self._run(_jobs(leaf, inner, buffer, block, read, source_bytes)):
-                self._progress(done)
-            # Waiting here bounds the memory of the host: one block, not all that its devices own.
-            arrays += jax.block_until_ready([jax.device_put(buffer, device) for device in devices])
+        for rows, columns in owners.items():
+            read_rows = partial(self._read, leaf, inner, read, source_bytes)
+            arrays += _fill(rows, columns, inner[1:], dtype, read_rows)
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+    def _read(
+        self,
+        leaf: Leaf,
+        inner: tuple[int, ...],
+        read: ReadRows,
+        source_bytes: int | None,
+        rows: Ranges,
+        out: np.ndarray,
+    ) -> None:
+        """Fill `out` with a range of every leading axis and of rows."""
+        for done in self._run(_jobs(leaf, inner, rows, out, read, source_bytes)):
+            self._progress(done)
 
     def local_rows(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> int:
         """Rows [..., rows, columns] that a device has of an array."""
@@ -278,35 +297,124 @@ class Placer:
             yield from self._pool.map(lambda job: job(), batch)
 
 
+class Outliner(Placer):
+    """Gives the shapes, dtypes and shardings of what a `Placer` would give, and reads nothing."""
+
+    def __init__(self, sharding: Sharding | None):
+        super().__init__(sharding, None, 1)
+
+    def place(
+        self,
+        leaf: Leaf,
+        inner: tuple[int, ...],
+        dtype: np.dtype,
+        axes: tuple[str, ...],
+        read: ReadRows,
+        source_bytes: int | None,
+    ) -> Any:
+        """The `jax.ShapeDtypeStruct` of the array."""
+        shape = (*leaf.lead, *inner)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._where(axes, shape))
+
+    def put(self, values: np.ndarray, axes: tuple[str, ...]) -> Any:
+        """The `jax.ShapeDtypeStruct` of the array."""
+        return jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=self._where(axes, values.shape))
+
+
+def _fill(
+    rows: Ranges,
+    columns: dict[Ranges, list[jax.Device]],
+    width: tuple[int, ...],
+    dtype: np.dtype,
+    read: Callable[[Ranges, np.ndarray], None],
+) -> list[jax.Array]:
+    """The arrays of the devices that own some rows, each perhaps only some of their columns.
+
+    Rows are read whole and once, as they lie in the file.
+
+    Args:
+        rows: Ranges of the leading axes and of rows.
+        columns: Devices by the ranges of the other axes that they own.
+        width: Sizes of the other axes.
+        dtype: Of the arrays.
+        read: Fills a buffer with some of the rows.
+    """
+    row_bytes = math.prod(width) * dtype.itemsize
+    cut = any(_sizes(owned) != width for owned in columns)
+    if not cut and all(device.platform == "cpu" for devices in columns.values() for device in devices):
+        pieces = [rows]  # the buffer becomes the array, without a copy
+    else:
+        pieces = list(_pieces(rows, row_bytes))
+    buffer = _aligned(max(math.prod(_sizes(p)) for p in pieces) * row_bytes).view(dtype).reshape(-1, *width)
+    arrays: dict[jax.Device, jax.Array] = {}
+    for piece in pieces:
+        sizes = _sizes(piece)
+        part = buffer[: math.prod(sizes)].reshape(*sizes, *width)
+        read(piece, part)
+        for owned, devices in columns.items():
+            mine = np.ascontiguousarray(part[(..., *(slice(*bounds) for bounds in owned))])
+            for device in devices:
+                given = jax.device_put(mine, device)
+                if len(pieces) > 1:
+                    if device not in arrays:
+                        arrays[device] = jnp.zeros((*_sizes(rows), *_sizes(owned)), dtype, device=device)
+                    start = [np.int32(a - b) for (a, _), (b, _) in zip(piece, rows, strict=True)]
+                    given = _write(arrays[device], given, (*start, *(np.int32(0) for _ in owned)))
+                arrays[device] = given
+        # Only then may the buffer be filled again.
+        jax.block_until_ready(list(arrays.values()))
+    return list(arrays.values())
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write(array: jax.Array, piece: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(array, piece, start)
+
+
+def _pieces(rows: Ranges, row_bytes: int) -> Iterator[Ranges]:
+    """Cut the ranges, outer axes first, into equal pieces of at most `PIECE_BYTES`, or of one row."""
+    inside = [math.prod(_sizes(rows[i + 1 :])) * row_bytes for i in range(len(rows))]
+    axis = next((i for i, nbytes in enumerate(inside) if nbytes <= PIECE_BYTES), len(rows) - 1)
+    first, last = rows[axis]
+    count = max(1, math.ceil((last - first) * inside[axis] / PIECE_BYTES))
+    step = max(1, math.ceil((last - first) / count))
+    for position in itertools.product(*(range(*bounds) for bounds in rows[:axis])):
+        for start in range(first, max(last, first + 1), step):
+            yield (*((p, p + 1) for p in position), (start, min(start + step, last)), *rows[axis + 1 :])
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    """Memory [bytes] uint8 that a CPU device takes over as it is: it wants a multiple of 64 for an address."""
+    raw = np.empty(nbytes + 64, np.uint8)
+    first = -raw.ctypes.data % 64
+    return raw[first : first + nbytes]
+
+
+def _sizes(ranges: Ranges) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in ranges)
+
+
 def _jobs(
     leaf: Leaf,
     inner: tuple[int, ...],
+    rows: Ranges,
     buffer: np.ndarray,
-    block: tuple[tuple[int, int], ...],
     read: ReadRows,
     source_bytes: int | None,
 ) -> Iterator[Callable[[], int]]:
     """Reads that together fill a buffer, each a strip of rows of one source; each returns its bytes for progress."""
-    depth = len(leaf.lead)
-    (first, last), rest = block[depth], block[depth + 1 :]
-    columns = tuple(slice(*bounds) for bounds in rest)
-    whole = all(bounds == (0, size) for bounds, size in zip(rest, inner[1:], strict=True))
-    strip = max(1, _STRIP_BYTES // max(1, math.prod(inner[1:]) * buffer.dtype.itemsize))
-    strides = [math.prod(leaf.lead[i + 1 :]) for i in range(depth)]
+    *lead, (first, last) = rows
+    strip = max(1, STRIP_BYTES // max(1, math.prod(inner[1:]) * buffer.dtype.itemsize))
+    strides = [math.prod(leaf.lead[i + 1 :]) for i in range(len(lead))]
 
     def job(source: StoredWeight, out: np.ndarray, start: int, stop: int) -> int:
-        if whole:
-            read(source, out, start, stop)
-        else:
-            wide = np.empty((stop - start, *inner[1:]), buffer.dtype)
-            read(source, wide, start, stop)
-            out[:] = wide[(slice(None), *columns)]
+        read(source, out, start, stop)
         row_bytes = source.row_bytes if source_bytes is None else source_bytes // inner[0]
-        return row_bytes * (stop - start) * math.prod(out.shape[1:]) // math.prod(inner[1:])
+        return row_bytes * (stop - start)
 
-    for position in itertools.product(*(range(*bounds) for bounds in block[:depth])):
+    for position in itertools.product(*(range(*bounds) for bounds in lead)):
         source = leaf.sources[sum(p * s for p, s in zip(position, strides, strict=True))]
-        into = buffer[tuple(p - start for p, (start, _) in zip(position, block[:depth], strict=True))]
+        into = buffer[tuple(p - start for p, (start, _) in zip(position, lead, strict=True))]
         for start in range(first, last, strip):
             stop = min(start + strip, last)
             yield lambda s=source, o=into[start - first : stop - first], a=start, b=stop: job(s, o, a, b)

@@ -9,7 +9,9 @@ from mimo_jax.evaluation.prompts import SCENARIOS
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
     """Add the subcommand that measures speed."""
-    parser = commands.add_parser("bench", help="measure speed", description="Measure decoding on this machine.")
+    parser = commands.add_parser(
+        "bench", help="measure speed", description="Measure loading and decoding on this machine."
+    )
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     decode = kinds.add_parser(
         "decode",
@@ -36,7 +38,15 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     model_arguments(scenarios)
     _scenario_arguments(scenarios, prompts=4, tokens=192)
     scenarios.set_defaults(handler="mimo_jax.evaluation.commands:bench_scenarios")
-    for kind in (decode, scenarios):
+    loading = kinds.add_parser(
+        "load",
+        help="loading, beside a raw read of the same bytes",
+        description="Load a model and read its bytes in turn, with files in the page cache. With --snapshot, also "
+        "restore that.",
+    )
+    model_arguments(loading)
+    loading.set_defaults(handler="mimo_jax.evaluation.commands:bench_load_command")
+    for kind in (decode, scenarios, loading):
         kind.add_argument("--runs", type=positive, default=5, metavar="N", help="default: 5")
         kind.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
 

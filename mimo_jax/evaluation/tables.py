@@ -6,6 +6,7 @@ from rich.table import Table
 
 from mimo_jax.evaluation.acceptance import RELEASE_CARD, Acceptance
 from mimo_jax.evaluation.bench import ContextResult, DecodeResult, Spread
+from mimo_jax.evaluation.loading import LoadResult
 from mimo_jax.evaluation.quality import Comparison
 from mimo_jax.evaluation.speed import Speedup
 from mimo_jax.model import Model
@@ -42,6 +43,18 @@ def context(results: Sequence[ContextResult], model: Model) -> Table:
     for r in results:
         cells = (r.draft_milliseconds, r.verify_milliseconds, r.plain_milliseconds)
         table.add_row(f"{r.context:,}", *(_spread(c, 2) for c in cells))
+    return table
+
+
+def loading(results: Sequence[LoadResult]) -> Table:
+    """Of `bench load`."""
+    table = Table(title="Weights into memory, files in the page cache: median (lowest-highest)", title_justify="left")
+    table.add_column("")
+    for name in ("MB read", "seconds", "GB/s", "MB on devices", "most MB of host memory"):
+        table.add_column(name, justify="right")
+    for r in results:
+        sizes = ("-" if size is None else f"{size / 1e6:,.0f}" for size in (r.owned_bytes, r.host_bytes))
+        table.add_row(r.what, f"{r.nbytes / 1e6:,.0f}", _spread(r.seconds, 2), f"{r.gigabytes_per_second:.2f}", *sizes)
     return table
 
 
