@@ -51,7 +51,7 @@ $(AOT)/.installed: $(STAMP)
 	touch $@
 
 demo: $(STAMP) ## let the small model in the package answer (PROMPT=...)
-	printf '[{"role": "user", "content": "%s"}]' "$(PROMPT)" | $(BIN)/mimo-jax generate --chat - --max-new-tokens 256
+	$(BIN)/mimo-jax generate --ask "$(PROMPT)"
 
 # The commands that made the model in the package. Each goes on where it was; what is done is not done again.
 TRAIN := $(BIN)/mimo-jax train

@@ -87,6 +87,7 @@ def _generate(commands: argparse._SubParsersAction) -> None:
     model_arguments(parser)
     host_arguments(parser)
     group = parser.add_argument_group("prompt (default: standard input)").add_mutually_exclusive_group()
+    group.add_argument("--ask", metavar="TEXT", help="a question: a chat of this one message")
     group.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times: one batch")
     group.add_argument(
         "--prompt-file",

@@ -215,6 +215,8 @@ def _prompts(arguments: argparse.Namespace) -> list[Any]:
         return arguments.prompt
     if arguments.prompt_ids:
         return [_shaped(_json(text, "--prompt-ids"), "--prompt-ids", "ids") for text in arguments.prompt_ids]
+    if arguments.ask is not None:
+        return [[{"role": "user", "content": arguments.ask}]]
     if arguments.chat:
         text = sys.stdin.read() if arguments.chat == "-" else _text(Path(arguments.chat))
         return [_shaped(_json(text, f"--chat {arguments.chat}"), f"--chat {arguments.chat}", "chat")]
@@ -227,7 +229,9 @@ def _prompts(arguments: argparse.Namespace) -> list[Any]:
             return [_shaped(_json(line, where), where, "text", "ids", "chat") for where, line in numbered]
         return [line for _, line in numbered]
     if sys.stdin.isatty():
-        raise ValueError("no prompt: give --prompt TEXT, --prompt-file, --chat or --prompt-ids, or pipe text in")
+        raise ValueError(
+            "no prompt: give --ask or --prompt TEXT, --prompt-file, --chat or --prompt-ids, or pipe text in"
+        )
     return [sys.stdin.read()]
 
 

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
@@ -72,8 +72,8 @@ def test_decode(topology, record_property):
 
 def test_prefill_of_many_tokens_sends_rows_to_their_experts():
     model = model_of(SIXTEEN)
-    length = 2048
-    chunk = PromptChunk(np.zeros((BATCH, length), np.int32), np.zeros(BATCH, np.int32), np.zeros(BATCH, bool))
+    tokens, counts, last = jnp.zeros((BATCH, 2048), jnp.int32), jnp.zeros(BATCH, jnp.int32), jnp.zeros(BATCH, bool)
+    chunk = PromptChunk(tokens, counts, last)
     text, memory, _ = compiled(model, prefill, model.shaped(chunk))
     moe = sum(run.kind.mlp == "moe" for run in runs(model.config.layers, model.models.capture))
     counted = Counter(kind for kind, _ in collectives(text))

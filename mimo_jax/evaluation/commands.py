@@ -125,7 +125,7 @@ def _report(shown: Sequence[Table], results: dict[str, Any], more: str, out: Pat
     for table in shown:
         console.print(table)
     if out is not None:
-        whole = {"machine": machine, "command": sys.argv, **results}
+        whole = {"machine": machine, "command": ["mimo-jax", *sys.argv[1:]], **results}
         out.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
