@@ -64,7 +64,7 @@ class Model:
     tokenizer: Tokenizer | None
     mesh: Mesh = field(default_factory=Topology().mesh)
     """The devices that hold it."""
-    _programs: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _programs: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def config(self) -> BackboneConfig:

@@ -1,8 +1,10 @@
 """Shared by all tests: sixteen CPU devices, strict promotion, seeds and golden folders."""
 
 import filecmp
+import gc
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +80,10 @@ def forget_compiled_programs() -> Iterator[None]:
     process that runs out dies inside the compiler.
     """
     yield
+    if models := sys.modules.get("tests.models"):  # models keep their own
+        models.golden_model.cache_clear()
+        models.counter.cache_clear()
+    gc.collect()
     jax.clear_caches()
 
 

@@ -379,6 +379,18 @@ def test_unquantised_checkpoint(tmp_path):
     refused(folder, "--qkv-layout")
 
 
+def with_a_scale_for_every_row(params):
+    """FP8 weights whose scales do not show how many rows share one: devices share none, so tiles may be smaller."""
+
+    def spread(weight):
+        if not isinstance(weight, FP8BlockWeight):
+            return weight
+        rows = weight.values.shape[-2] // weight.scales.shape[-2]
+        return FP8BlockWeight(weight.values, np.repeat(np.asarray(weight.scales), rows, axis=-2))
+
+    return jax.tree.map(spread, params, is_leaf=lambda w: isinstance(w, FP8BlockWeight))
+
+
 @pytest.mark.parametrize("storage", ["packed", "expanded"])
 def test_any_sharding_gives_the_same_parameters(micro, storage):
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), (jax.sharding.AxisType.Auto,) * 2)
@@ -399,7 +411,7 @@ def test_any_sharding_gives_the_same_parameters(micro, storage):
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
     sharded, whole = load(micro, storage=storage, sharding=sharding), load(micro, storage=storage)
-    assert_same(sharded, whole)
+    assert_same(*map(with_a_scale_for_every_row, (sharded, whole)))
     down = sharded["layers"]["swa_moe"]["mlp"]["down"]
     down = down.codes if storage == "packed" else down
     assert down.addressable_shards[0].data.shape == (1, 2, 64, down.shape[-1] // 4)

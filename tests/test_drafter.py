@@ -49,7 +49,6 @@ def test_blocks_equal_the_reference(folder, variant):
     params = {k: v for k, v in given["attention"].items() if attention.sink or k != "sink"}
     model = replace(
         model,
-        drafter_config=config,
         models=Models(model.models.backbone, Declared(lambda: Drafter(config, "float32"))),
         params=ModelParams(model.params.backbone, given | {"attention": params}),
     )
