@@ -10,7 +10,7 @@ TEST_WORKERS ?= 2
 PROMPT ?= Tom has 14 apples and buys 23 more. How many apples does he have now?
 ARGS ?=
 
-.PHONY: help setup demo test test-slow check check-gpu-compile format clean
+.PHONY: help setup demo test test-slow check check-gpu-compile nano format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,18 +55,18 @@ demo: $(STAMP) ## let the small model in the package answer (PROMPT=...)
 
 # The commands that made the model in the package. Each goes on where it was; what is done is not done again.
 TRAIN := $(BIN)/mimo-jax train
-NANO := build/nano
+NANO := runs/nano
 CORPUS := --corpus $(NANO)/corpus
 PRETRAIN := --steps 2200 --batch 4 --length 512 --final 1 --warmup 50 --seed 0
 FINISH := --start-from $(NANO)/base --steps 160 --batch 1 --length 4096 --final 0.05 --warmup 10 --seed 1
 
-nano: $(STAMP) ## train the model in the package again, from nothing, into build/nano (some hours)
+nano: $(STAMP) ## train the model in the package again, from nothing, into runs/nano (some hours)
 	test -e $(NANO)/corpus/corpus.json || $(TRAIN) corpus --out $(NANO)/corpus --documents 24000 --seed 0
 	$(TRAIN) backbone $(CORPUS) --out $(NANO)/base $(PRETRAIN)
 	$(TRAIN) backbone $(CORPUS) --out $(NANO)/qat --qat $(FINISH)
 	$(TRAIN) export $(CORPUS) --run $(NANO)/qat --out $(NANO)/model --overwrite
-	$(TRAIN) regenerate --model $(NANO)/model --out $(NANO)/answers.jsonl $(ANSWERS)
-	$(TRAIN) drafter --model $(NANO)/model --answers $(NANO)/answers.jsonl --out $(NANO)/drafter $(DRAFTER)
+	$(TRAIN) regenerate --model $(NANO)/model --out $(NANO)/answers.jsonl --prompts 1600 --batch 64
+	$(TRAIN) drafter --model $(NANO)/model --answers $(NANO)/answers.jsonl --out $(NANO)/drafter --steps 1500 --batch 4 --anchors 96 --seed 0
 	$(TRAIN) export --run $(NANO)/drafter --out $(NANO)/model/dflash --overwrite
 
 test: $(STAMP) ## the suite a person waits for (ARGS=... go to pytest)

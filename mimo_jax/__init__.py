@@ -5,6 +5,7 @@ from mimo_jax.generate import Completion, Generator
 from mimo_jax.model import LoadOptions, Model, load_model
 from mimo_jax.request import SamplingParams
 from mimo_jax.session import Decoding
+from sharding.topology import Topology, TopologyError
 
 __all__ = [
     "BackboneConfig",
@@ -16,5 +17,7 @@ __all__ = [
     "LoadOptions",
     "Model",
     "SamplingParams",
+    "Topology",
+    "TopologyError",
     "load_model",
 ]

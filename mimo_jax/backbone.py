@@ -74,8 +74,8 @@ class DenseMLP(nnx.Module):
         self.up = declare((layers, inner, hidden), ("layers", "mlp", "embed"), dtype)
         self.down = declare((layers, hidden, inner), ("layers", "embed", "mlp"), dtype)
 
-    def __call__(self, x: jax.Array, layer: jax.Array) -> jax.Array:
-        """Map x [..., hidden] to [..., hidden]."""
+    def __call__(self, x: jax.Array, layer: jax.Array, wanted: jax.Array | None = None) -> jax.Array:
+        """Map x [..., hidden] to [..., hidden], whichever rows are wanted: all read the same weights."""
         return self.columns.sum(swiglu(x, weight(self.gate, layer), weight(self.up, layer), weight(self.down, layer)))
 
 
@@ -94,7 +94,13 @@ class DecoderLayers(nnx.Module):
             self.mlp = MoE(config.moe, hidden, config.router_dtype, layers, dtype, topology)
 
     def __call__(
-        self, x: jax.Array, layer: jax.Array, cache: PagedKV | RingKV, cache_layer: jax.Array, lengths: jax.Array
+        self,
+        x: jax.Array,
+        layer: jax.Array,
+        cache: PagedKV | RingKV,
+        cache_layer: jax.Array,
+        lengths: jax.Array,
+        counts: jax.Array | None,
     ) -> tuple[jax.Array, KV]:
         """One layer over rows x [batch, rows, hidden]: the new residual stream, and the rows' keys and values."""
         positions = lengths[:, None] + jnp.arange(x.shape[1])
@@ -105,7 +111,8 @@ class DecoderLayers(nnx.Module):
         kv = attention.rotate(k, positions), v
         x = x + attention.attend(q, kv, layer, cache, cache_layer, lengths)
         n = rms_norm(x, array(self.mlp_norm, layer), self.eps)
-        return x + self.mlp(n.reshape(-1, n.shape[-1]), layer).reshape(n.shape), kv
+        wanted = None if counts is None else (jnp.arange(x.shape[1]) < counts[:, None]).reshape(-1)
+        return x + self.mlp(n.reshape(-1, n.shape[-1]), layer, wanted).reshape(n.shape), kv
 
 
 class Backbone(nnx.Module):
@@ -126,7 +133,13 @@ class Backbone(nnx.Module):
         there = (at >= 0) & (at < mine.shape[0])
         return self.vocabulary.sum_rows(jnp.where(there[..., None], mine[at], 0))
 
-    def __call__(self, tokens: jax.Array, cache: BackboneCache, capture: tuple[int, ...] = ()) -> BackboneOutput:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        cache: BackboneCache,
+        capture: tuple[int, ...] = (),
+        counts: jax.Array | None = None,
+    ) -> BackboneOutput:
         """Run rows that follow what the cache holds.
 
         Args:
@@ -134,12 +147,14 @@ class Backbone(nnx.Module):
                 committed positions and earlier rows, so rows after the valid ones of a sequence change nothing.
             cache: Committed keys and values, and the lengths.
             capture: Numbers of the layers after which the residual stream is captured, increasing.
+            counts: [batch] int32: how many rows of each sequence are wanted; default: all. What comes of those after
+                them means nothing, and no expert is read for them.
         """
         x = self.embed(tokens)
         captured: list[jax.Array] = []
         new: dict[AttentionKind, list[KV]] = {"full": [], "swa": []}
         for run in runs(self.config.layers, capture):
-            x, kv = self._run(run, x, cache)
+            x, kv = self._run(run, x, cache, counts)
             new[run.kind.attention].append(kv)
             if run.captured:
                 captured.append(x)
@@ -149,12 +164,12 @@ class Backbone(nnx.Module):
             kv={k: jax.tree.map(lambda *parts: jnp.concatenate(parts), *kvs) for k, kvs in new.items() if kvs},
         )
 
-    def _run(self, run: Run, x: jax.Array, cache: BackboneCache) -> tuple[jax.Array, KV]:
+    def _run(self, run: Run, x: jax.Array, cache: BackboneCache, counts: jax.Array | None) -> tuple[jax.Array, KV]:
         """Rows x through a run of layers: the new residual stream, and [layers of the run, batch, rows, ...] KV."""
         layers, committed = self.layers[run.kind.name], cache.kv[run.kind.attention]
 
         def layer(x: jax.Array, i: jax.Array) -> tuple[jax.Array, KV]:
-            return layers(x, run.first + i, committed, run.first_in_cache + i, cache.lengths)
+            return layers(x, run.first + i, committed, run.first_in_cache + i, cache.lengths, counts)
 
         # in training, attention is computed again rather than kept; without gradients this changes nothing
         layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)

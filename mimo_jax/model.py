@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,21 +12,20 @@ from jax.sharding import Mesh, NamedSharding
 
 from mimo_jax.backbone import Backbone
 from mimo_jax.cache import backbone_cache, drafter_ring
-from mimo_jax.checkpoint import BackboneCheckpoint, DrafterCheckpoint
+from mimo_jax.checkpoint import BackboneCheckpoint, DrafterCheckpoint, Storage
 from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig, drafter_folder
 from mimo_jax.drafter import Drafter
 from mimo_jax.params import Declared, Params
 from mimo_jax.placement import check, with_copied_kv_heads
-from mimo_jax.snapshot import restore_or_load
 from mimo_jax.speculative import DecodeState, ModelParams, Models, empty_state
 from mimo_jax.tokenizer import Tokenizer
+from sharding.distributed import agree
 from sharding.layout import layout, place
 from sharding.topology import Topology
 
 logger = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16"]
-Storage = Literal["packed", "expanded"]
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,16 @@ class Model:
         """The state of a batch before any token, on the devices; `batch` is a multiple of the data-parallel groups."""
         key = ("empty_state", batch, capacity)
         if key not in self._programs:
-            places = jax.tree.map(lambda s: s.sharding, self.state_shapes(batch, capacity))
-            self._programs[key] = jax.jit(partial(self._build_state, batch, capacity), out_shardings=places)
+            self._programs[key] = self._maker(partial(self._build_state, batch, capacity))
         return self._programs[key]()
+
+    def made[T](self, build: Callable[[], T]) -> T:
+        """What `build` gives, each device making its own part (see `placed`)."""
+        return self._maker(build)()
+
+    def _maker[T](self, build: Callable[[], T]) -> Callable[[], T]:
+        shapes = self.shaped(jax.eval_shape(build))
+        return jax.jit(build, out_shardings=jax.tree.map(lambda s: s.sharding, shapes))
 
     def state_shapes(self, batch: int, capacity: int) -> DecodeState:
         """Shapes, dtypes and places of `empty_state`."""
@@ -182,6 +188,10 @@ def load_model(
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
     storage = options.storage or default_storage(models.backbone.shapes)
 
+    # processes that ran different programs would wait for each other forever
+    alike = replace(options, drafter="auto", snapshot=None)
+    agree("models or options", repr((config, drafter_config, dtype, storage, alike, options.snapshot is None)))
+
     def placed(axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
         return topology.sharding(mesh, axes, shape)
 
@@ -205,6 +215,8 @@ def load_model(
     if options.snapshot is None:
         params = load()
     else:
+        from mimo_jax.snapshot import restore_or_load  # Orbax takes a while to import
+
         outline = ModelParams(
             checkpoint.outline(models.backbone, storage, placed),
             drafter_checkpoint.outline(models.drafter, storage, placed)

@@ -38,8 +38,11 @@ class MoE(nnx.Module):
         )
         self.down = declare((layers, experts, hidden, inner), ("layers", "expert", "embed", "expert_inner"), dtype)
 
-    def __call__(self, x: jax.Array, layer: jax.Array) -> jax.Array:
-        """Run x [tokens, hidden] through the chosen experts: [tokens, hidden]."""
+    def __call__(self, x: jax.Array, layer: jax.Array, wanted: jax.Array | None = None) -> jax.Array:
+        """Run x [tokens, hidden] through the chosen experts: [tokens, hidden].
+
+        Where `wanted` [tokens] is false a token chooses none, and no expert is read for it; its row is zero.
+        """
         precision = jnp.finfo(self.router_dtype)
 
         def rounded(a: jax.Array) -> jax.Array:
@@ -49,25 +52,27 @@ class MoE(nnx.Module):
         inputs, router = rounded(x), rounded(array(self.router, layer))
         logits = jnp.dot(inputs, router.T, precision=jax.lax.Precision.HIGHEST)
         ids, weights = route(logits, array(self.correction_bias, layer), self.config)
+        if wanted is not None:
+            ids = jnp.where(wanted[:, None], ids, self.config.experts)
         run = partial(self._run, layer)
         return on_all_devices(x, ids, weights, self.config.experts, self.topology, run).astype(x.dtype)
 
     def _run(self, layer: jax.Array, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         """The experts that this device has (see `ExpertMLP`)."""
-        gate_up, down = self.gate_up.get_value(), self.down.get_value()
+        gate_up, down, routed = self.gate_up.get_value(), self.down.get_value(), self.config.experts
         if isinstance(gate_up, MXFP4Weight):
             return mxfp4_expert_mlp(
-                x, ids, weights, gate_up.codes, gate_up.scales, down.codes, down.scales, layer=layer
+                x, ids, weights, gate_up.codes, gate_up.scales, down.codes, down.scales, layer=layer, routed=routed
             )
 
         if isinstance(gate_up, jax.Array):
-            return plain_expert_mlp(x, ids, weights, gate_up, down, layer)
+            return plain_expert_mlp(x, ids, weights, gate_up, down, layer, routed)
 
         def expert(e: jax.Array) -> tuple[jax.Array, jax.Array]:
             at = jax.tree.map(lambda w: w[layer, e], (gate_up, down))
             return dequantize(at[0], x.dtype), dequantize(at[1], x.dtype)
 
-        return expert_mlp(x, ids, weights, expert, gate_up.values.shape[1])
+        return expert_mlp(x, ids, weights, expert, gate_up.values.shape[1], routed)
 
 
 def route(logits: jax.Array, correction_bias: jax.Array, config: MoeConfig) -> tuple[jax.Array, jax.Array]:

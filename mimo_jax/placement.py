@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mimo_jax.config import AttentionConfig, BackboneConfig, DrafterConfig
+from mimo_jax.quantization import FP8_COLUMNS
+from pallas_kernels.mxfp4 import BLOCK
 from sharding.topology import Topology, TopologyError
-
-_MX_BLOCK = 32
-_FP8_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,13 @@ def check(topology: Topology, config: BackboneConfig, drafter: DrafterConfig | N
     _divides(config.vocab_size, topology.width("vocab"), f"a vocabulary of {config.vocab_size}")
     _divides(config.moe.experts, topology.width("expert"), f"{config.moe.experts} experts")
     quantized = config.quantization
-    block = 1 if quantized is None else _MX_BLOCK if quantized.expert_format == "mxfp4" else _FP8_BLOCK
+    block = 1 if quantized is None else BLOCK if quantized.expert_format == "mxfp4" else FP8_COLUMNS
     slices = topology.width("expert_inner")
     _divides(config.moe.intermediate, slices, f"an expert's inner size of {config.moe.intermediate}", block)
     width = topology.width("mlp")
-    block = 1 if quantized is None else _FP8_BLOCK
-    _divides(config.dense_intermediate, width, f"a dense inner size of {config.dense_intermediate}", block)
+    block = 1 if quantized is None else FP8_COLUMNS
+    cure = "; --moe-dense-tp-size 1 keeps dense MLPs whole"
+    _divides(config.dense_intermediate, width, f"a dense inner size of {config.dense_intermediate}", block, cure)
     if drafter is not None:
         width = topology.width("draft_mlp")
         _divides(drafter.intermediate, width, f"the drafter's inner size of {drafter.intermediate}")
@@ -140,8 +140,8 @@ def _kv_heads(heads: tuple[int, int], attention: AttentionConfig) -> tuple[int, 
     return heads[0] // group, -(-heads[1] // group)
 
 
-def _divides(whole: int, width: int, name: str, block: int = 1) -> None:
+def _divides(whole: int, width: int, name: str, block: int = 1, cure: str = "") -> None:
     """Raise unless `whole` falls into `width` parts of whole blocks; one part may end in a part of a block."""
     if width > 1 and whole % (width * block):
         blocks = f" of whole blocks of {block}" if block > 1 else ""
-        raise TopologyError(f"{name} cannot be cut into {width} equal parts{blocks}")
+        raise TopologyError(f"{name} cannot be cut into {width} equal parts{blocks}{cure}")

@@ -7,6 +7,7 @@ would not give.
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ from mimo_jax.checkpoint import BackboneCheckpoint, DrafterCheckpoint
 from mimo_jax.export import check_room
 from mimo_jax.safetensors_reader import INDEX_NAME, name_some
 from sharding.distributed import agree
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Raised whenever the arrays that loading makes of a checkpoint change their layout or meaning."""
@@ -63,7 +66,10 @@ def restore_or_load[T](
     folder.mkdir(parents=True, exist_ok=True)
     check_room(folder, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(outline)))
     weights = load()
-    _save(folder, expected, weights)
+    try:
+        _save(folder, expected, weights)
+    except Exception as error:  # Orbax raises whatever it meets; what was loaded is not lost for it
+        logger.warning("%s: the snapshot could not be written (%s); delete the folder", folder, _first_line(error))
     return weights
 
 
@@ -101,15 +107,15 @@ def _files(sources: Sources) -> dict[str, dict[str, Any]]:
 
 
 def _identity(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file; if it is large, of its safetensors header and of samples spread over the rest.
+    """Size and SHA-256 of a file; of a large one, of its header, samples of the rest and the time it was written.
 
-    Weights that were trained further differ in almost every sample; reading all of them would take as long as loading.
+    Reading all of it would take as long as loading.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= _WHOLE_BYTES:
             return {"bytes": size, "digest": hashlib.file_digest(file, "sha256").hexdigest()}
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(str(path.stat().st_mtime_ns).encode())
         if path.suffix == ".safetensors":
             length = file.read(8)
             digest.update(length + file.read(int.from_bytes(length, "little")))

@@ -161,7 +161,7 @@ def prefill(
         The state, and a round that gave the rows which start their first new token.
     """
     backbone, part, counts = models.backbone.bind(params.backbone), models.topology.cut("logits"), chunk.counts
-    output = backbone(chunk.tokens, state.cache, models.capture)
+    output = backbone(chunk.tokens, state.cache, models.capture, counts)
     state = _commit(models, params, state, output, counts)
     final = jnp.maximum(counts - 1, 0)[:, None, None]
     logits = backbone.logits(jnp.take_along_axis(output.hidden, final, axis=1))  # [batch, 1, vocab]
@@ -241,7 +241,7 @@ def _round(
 
     drafts, q = _draft(models, params, backbone, state, sampling, verify_length, sampled_drafts)
     block = jnp.concatenate([state.anchor[:, None], drafts], axis=1)
-    output = backbone(block, state.cache, models.capture)
+    output = backbone(block, state.cache, models.capture, jnp.where(state.active, verify_length, 0))
     logits = process_logits(backbone.logits(output.hidden), sampling, History(state.output_counts, block), part)
     truncated = truncate(logits, sampling, part)
     if sampled_drafts:

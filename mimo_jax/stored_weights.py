@@ -197,7 +197,13 @@ class Leaf:
         if format == "fp8":
             rows, columns = source.shape
             tile = math.gcd(*(s.rows.tile for s in {id(s.rows): s for s in self.sources}.values() if s.rows))
-            tile = math.gcd(tile, placer.local_rows(axes, self.shape))  # no tile is cut
+            local_rows, local_columns = placer.local_matrix(axes, self.shape)
+            tile = math.gcd(tile, local_rows)  # no tile is cut
+            if local_columns != columns and local_columns % FP8_COLUMNS:
+                raise CheckpointError(
+                    f"{'/'.join(self.path)}: {local_columns} of {columns} columns on a device would cut tiles of "
+                    f"{FP8_COLUMNS} FP8 columns; load with expanded storage, or cut it into fewer parts"
+                )
 
             def tile_scales(weight: StoredWeight, out: np.ndarray, start: int, stop: int) -> None:
                 weight.read_tile_scales(out, start, stop, tile)
@@ -279,9 +285,9 @@ class Placer:
         for done in self._run(_jobs(leaf, inner, rows, out, read, source_bytes)):
             self._progress(done)
 
-    def local_rows(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> int:
-        """Rows [..., rows, columns] that a device has of an array."""
-        return self._where(axes, shape).shard_shape(shape)[-2]
+    def local_matrix(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Rows and columns that a device has of an array [..., rows, columns]."""
+        return self._where(axes, shape).shard_shape(shape)[-2:]
 
     def put(self, values: np.ndarray, axes: tuple[str, ...]) -> jax.Array:
         """An array that is already in memory."""

@@ -1,7 +1,8 @@
 """SwiGLU experts over routed tokens: only the experts that some token chose are touched, one tile of rows at a time."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ def expert_mlp(
     weights: jax.Array,
     expert: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
     experts: int,
+    routed: int | None = None,
 ) -> jax.Array:
     """Sum over each token's experts of weight * down(silu(gate x) * up x), accumulated in float32.
 
@@ -30,11 +32,13 @@ def expert_mlp(
         expert: Given an expert's id (scalar int32), its gate and up [2, inner, hidden] and its down [hidden, inner] in
             x's dtype. Called once an expert and tile of rows, so packed weights are expanded one expert at a time.
         experts: Their number.
+        routed: Experts that all ids are spread over, those elsewhere included; decides how many rows run at a time.
+            Default: `experts`.
 
     Returns:
         [tokens, hidden] float32. No token is dropped, whatever the routing.
     """
-    plan = _tiles(ids, experts)
+    plan = _tiles(ids, experts, routed or experts)
 
     def add_tile(i: jax.Array, out: jax.Array) -> jax.Array:
         e, pair, token = plan.tile(i)
@@ -80,18 +84,24 @@ class _Tiles(NamedTuple):
         return e, pair, jnp.where(at < pair_ends[e], pair // self.top_k, self.tokens)
 
 
-def _tiles(ids: jax.Array, experts: int) -> _Tiles:
+def _tiles(ids: jax.Array, experts: int, routed: int) -> _Tiles:
     tokens, top_k = ids.shape
     rows = MIN_TILE
-    while rows < MAX_TILE and rows * experts < ids.size:
+    while rows < MAX_TILE and rows * routed < ids.size:
         rows *= 2
     flat = ids.reshape(-1)
     return _Tiles(jnp.argsort(flat), jnp.bincount(flat, length=experts), tokens, top_k, rows)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
 def plain_expert_mlp(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array, layer: jax.Array
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    layer: jax.Array,
+    routed: int | None = None,
 ) -> jax.Array:
     """`expert_mlp` on stacked plain weights, of which only the chosen experts of one layer are read; has gradients.
 
@@ -102,6 +112,7 @@ def plain_expert_mlp(
         gate_up: [layers, experts, 2, inner, hidden]; gate is 0, up is 1.
         down: [layers, experts, hidden, inner].
         layer: Scalar int32: the row of the leading axis to use.
+        routed: As in `expert_mlp`.
 
     Returns:
         [tokens, hidden] float32.
@@ -110,19 +121,19 @@ def plain_expert_mlp(
     def expert(e: jax.Array) -> tuple[jax.Array, jax.Array]:
         return gate_up[layer, e].astype(x.dtype), down[layer, e].astype(x.dtype)
 
-    return expert_mlp(x, ids, weights, expert, gate_up.shape[1])
+    return expert_mlp(x, ids, weights, expert, gate_up.shape[1], routed)
 
 
-def _plain_forward(*arguments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return plain_expert_mlp(*arguments), arguments
+def _plain_forward(*arguments: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return plain_expert_mlp(*arguments), arguments[:-1]
 
 
 def _plain_backward(
-    arguments: tuple[jax.Array, ...], gradient: jax.Array
+    routed: int | None, arguments: tuple[jax.Array, ...], gradient: jax.Array
 ) -> tuple[jax.Array, None, jax.Array, jax.Array, jax.Array, None]:
     """Walk the same tiles again, computing what the forward pass did not keep."""
     x, ids, weights, gate_up, down, layer = arguments
-    plan = _tiles(ids, gate_up.shape[1])
+    plan = _tiles(ids, gate_up.shape[1], routed or gate_up.shape[1])
 
     def add_tile(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_x, d_weights, d_gate_up, d_down = sums
@@ -163,6 +174,7 @@ def mxfp4_expert_mlp(
     down_scales: jax.Array,
     *,
     layer: jax.Array,
+    routed: int | None = None,
 ) -> jax.Array:
     """`expert_mlp` on stacked MXFP4 weights, of which only the chosen experts of one layer are read.
 
@@ -175,6 +187,7 @@ def mxfp4_expert_mlp(
         down_codes: [layers, experts, hidden, inner / 2] uint8.
         down_scales: [layers, experts, hidden, inner / 32] uint8.
         layer: Scalar int32: the row of the leading axis to use.
+        routed: As in `expert_mlp`.
 
     Returns:
         [tokens, hidden] float32.
@@ -184,7 +197,7 @@ def mxfp4_expert_mlp(
         gate_up = mxfp4.decode(gate_up_codes[layer, e], gate_up_scales[layer, e], x.dtype)
         return gate_up, mxfp4.decode(down_codes[layer, e], down_scales[layer, e], x.dtype)
 
-    return expert_mlp(x, ids, weights, expert, gate_up_codes.shape[1])
+    return expert_mlp(x, ids, weights, expert, gate_up_codes.shape[1], routed)
 
 
 def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:

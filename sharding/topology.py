@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sharding.collectives import Cut
 
-Axes = str | tuple[str, ...] | None
+MeshAxes = str | tuple[str, ...] | None
 """Mesh axes that a dimension is cut over; None: every device has all of it."""
 
 
@@ -83,7 +83,7 @@ class Topology:
         return {"data": self.data_parallel, "tensor": self.attention_tensor}
 
     @property
-    def rules(self) -> Mapping[str, Axes]:
+    def rules(self) -> Mapping[str, MeshAxes]:
         """The table from the logical axes that arrays name to the mesh axes that cut them."""
         expert, inner = self._expert_axes()
         return {
@@ -106,7 +106,7 @@ class Topology:
             "expert_inner": inner,
         }
 
-    def _expert_axes(self) -> tuple[Axes, Axes]:
+    def _expert_axes(self) -> tuple[MeshAxes, MeshAxes]:
         """Axes of whole experts and of slices."""
         both, parts = ("data", "tensor"), self.expert_parallel
         if parts == self.tensor_parallel:

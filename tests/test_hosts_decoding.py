@@ -42,11 +42,14 @@ def tokens(lines):
     return [json.loads(line).get("token_ids") for line in lines.splitlines() if line.startswith("{")]
 
 
+GROUPS = ("--dp-size", "2", "--enable-dp-attention", "--enable-dp-lm-head", "--moe-dense-tp-size", "1")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature", ["0", "1"])
-def test_two_processes_give_the_tokens_of_one(folder, address, temperature):
+@pytest.mark.parametrize(("temperature", "more"), [("0", ()), ("1", ()), ("1", GROUPS)])
+def test_two_processes_give_the_tokens_of_one(folder, address, temperature, more):
     asked = ("--prompt-ids", "[5, 6, 7, 8]", "--prompt-ids", "[300, 17]", "--max-new-tokens", "24", "--ignore-eos")
-    asked = (*asked, "--temperature", temperature)
+    asked = (*asked, "--temperature", temperature, *more)
     alone, errors = start(folder, 4, *asked).communicate(timeout=120)
     assert tokens(alone), errors
     (first, said), (second, _) = (one.communicate(timeout=120) for one in pair(folder, address, *asked))

@@ -62,7 +62,7 @@ def test_generate_needs_no_model_named(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_acceptance_is_what_was_recorded(generator, scenario):
-    """Greedy, over some of the prompts: accepted length near that of all of them, perplexity likewise."""
+    """Greedy, over all prompts; another processor may round a near tie the other way, and go on differently."""
     whole = next(r for r in recorded("acceptance")["acceptance"] if (r["scenario"], r["temperature"]) == (scenario, 0))
     ids = prompts(generator.tokenizer, scenario)
     assert whole["prompts"] == len(load(scenario))

@@ -1,15 +1,18 @@
 """Decoding on meshes: the same tokens as on one device, greedy and sampled, with weights where the topology says."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from mimo_jax.cli import main
-from mimo_jax.evaluation.score import score
+from mimo_jax.evaluation.score import score, score_draft
 from mimo_jax.generate import Generator
 from mimo_jax.model import LoadOptions, load_model
 from mimo_jax.request import SamplingParams
+from mimo_jax.session import Decoding
 from mimo_jax.synthesize import synthesize
 from sharding.topology import Topology
 from tests.conftest import golden_folders, golden_id
@@ -103,6 +106,35 @@ def test_bfloat16_on_a_mesh(folder, topology):
     error = np.abs(one - many)
     assert np.median(error) < 0.02 * np.abs(one).std()
     assert np.mean(one.argmax(-1) == many.argmax(-1)) > 0.9
+
+
+@pytest.mark.slow
+def test_sampled_drafts_and_stop_strings_on_a_mesh(folder):
+    """Drafts drawn and verified by rejection; a row that the host stops while the others go on."""
+    found = []
+    for topology in (ONE, TWO_BY_TWO):
+        generator = Generator.load(folder, topology=topology, progress=False)
+        drawn = generator.generate_batch(PROMPTS, SETTINGS, decoding=Decoding(sampled_drafts=True))
+        halves = [drawn[0].text[4:6], drawn[1].text[2:4], ""]
+        stopping = [replace(s, stop=(text,) if text else ()) for s, text in zip(SETTINGS, halves, strict=True)]
+        stopped = generator.generate_batch(PROMPTS, stopping, decoding=Decoding(rounds_per_dispatch=2))
+        found.append([(c.token_ids, c.text, c.finish_reason) for c in (*drawn, *stopped)])
+    assert found[0] == found[1]
+    assert "stop" in {reason for _, _, reason in found[0][3:]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", [TWO_BY_TWO, Topology(8, 1, 8, dense_tensor_parallel=1)])
+def test_drafter_logits_on_a_mesh(folder, topology):
+    rng = np.random.default_rng(2)
+    one, many = (load_model(folder, LoadOptions(topology=t)) for t in (ONE, topology))
+    config = one.drafter_config
+    assert config is not None
+    features = rng.normal(size=(3, 70, len(config.target_layer_ids) * config.hidden_size)).astype(np.float32)
+    anchors, positions = np.array([5, 300, 17]), np.array([70, 3, 66])
+    expected, got = (score_draft(model, features, anchors, positions) for model in (one, many))
+    for name in ("logits", "hidden"):
+        np.testing.assert_allclose(got[name], expected[name], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("storage", ["expanded", "packed"])

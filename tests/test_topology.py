@@ -123,8 +123,8 @@ def test_a_mesh_needs_its_devices():
 
 def test_every_process_takes_part(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert Topology(8).mesh().size == 8
-    with pytest.raises(TopologyError, match="2 processes have 8 devices in all, and tensor_parallel is 4"):
+    assert Topology(16).mesh().size == 16
+    with pytest.raises(TopologyError, match="2 processes have 16 devices in all, and tensor_parallel is 4"):
         Topology(4).mesh()
 
 

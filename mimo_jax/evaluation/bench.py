@@ -98,7 +98,9 @@ def bench_decode(
 
 
 def bench_context(model: Model, *, batch: int, context: int, runs: int, seed: int = 0) -> ContextResult:
-    """Time one round's parts at a context of `context` committed positions."""
+    """Time one round's parts at a context of `context` committed positions; groups have equally many sequences."""
+    groups = model.models.topology.data_parallel
+    batch = -(-batch // groups) * groups
     block = model.drafter_config.block_size if model.drafter_config else 1
     prompts = [[0]] * batch
     settings = [SamplingParams(ignore_eos=True)] * batch

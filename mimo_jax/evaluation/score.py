@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mimo_jax.cache import BackboneCache, backbone_cache, drafter_ring
+from mimo_jax.cache import BackboneCache, RingKV, backbone_cache, ring_slots
 from mimo_jax.model import Model
 from mimo_jax.request import check_ids
 from mimo_jax.speculative import ModelParams, Models, PromptChunk
@@ -47,7 +47,8 @@ def score(
     groups = model.models.topology.data_parallel
     rows = -(-batch // groups) * groups
     # a full forward reads nothing from the caches, so they need no room
-    cache = model.placed(backbone_cache(config, rows, 0 if chunk is None else positions, 1, model.dtype, groups=groups))
+    capacity = 0 if chunk is None else positions
+    cache = model.made(partial(backbone_cache, config, rows, capacity, 1, model.dtype, groups=groups))
 
     logits, hidden = [], []
     for start in range(0, positions, step):
@@ -142,8 +143,10 @@ def _draft(
     backbone, drafter = models.backbone.bind(params.backbone), models.bind_drafter(params)
     config, start = drafter.config, jnp.zeros_like(positions)
     captured = features.reshape(*features.shape[:2], len(config.target_layer_ids), config.hidden_size)
-    ring = drafter_ring(config, features.shape[0], max(1, features.shape[1]), features.dtype)
-    ring = ring.commit(drafter.context(captured, start), start, positions)
+    context = drafter.context(captured, start)
+    slots = ring_slots(config.attention.visible_keys, config.block_size, max(1, features.shape[1]))
+    ring = RingKV(*(jnp.zeros((*part.shape[:2], slots, *part.shape[3:]), part.dtype) for part in context))
+    ring = ring.commit(context, start, positions)
     hidden = drafter(backbone.embed(anchors), ring, positions)
     logits = models.topology.cut("logits").gather(backbone.head(hidden), -1)
     return None, (hidden.astype(jnp.float32), logits)
