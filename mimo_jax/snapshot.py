@@ -115,8 +115,9 @@ def _identity(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         if size <= _WHOLE_BYTES:
             return {"bytes": size, "digest": hashlib.file_digest(file, "sha256").hexdigest()}
-        digest = hashlib.sha256(str(path.stat().st_mtime_ns).encode())
+        digest = hashlib.sha256()
         if path.suffix == ".safetensors":
+            digest.update(str(path.stat().st_mtime_ns).encode())
             length = file.read(8)
             digest.update(length + file.read(int.from_bytes(length, "little")))
         start = file.tell()

@@ -196,11 +196,13 @@ def test_unfinished(copy):
     refused(copy, "unfinished")
 
 
-def test_stopped_while_it_is_written(copy, monkeypatch):
+def test_stopped_while_it_is_written(copy, monkeypatch, caplog):
+    """What was loaded is not lost for it, and what was written is no snapshot."""
     shutil.rmtree(copy / "snapshot")
     monkeypatch.setattr("mimo_jax.snapshot._checksums", lambda arrays: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        load(copy / "model", copy / "snapshot")
+    one, other = (load(copy / "model", where).params for where in (copy / "snapshot", None))
+    assert_same(vars(one), vars(other))
+    assert "snapshot could not be written (ZeroDivisionError" in caplog.text
     refused(copy, "unfinished")
 
 
