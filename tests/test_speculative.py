@@ -22,8 +22,8 @@ GREEDY = [SamplingParams(max_new_tokens=24)] * 3
 class PostNormBackbone(Backbone):
     """Captures the last layer after the final norm, as a loop around a Hugging Face model does."""
 
-    def __call__(self, tokens, cache, capture=()) -> BackboneOutput:
-        output = super().__call__(tokens, cache, capture)
+    def __call__(self, tokens, cache, capture=(), counts=None) -> BackboneOutput:
+        output = super().__call__(tokens, cache, capture, counts)
         last = rms_norm(output.captured[:, :, -1], array(self.final_norm), self.config.rms_eps)
         return BackboneOutput(output.hidden, output.captured.at[:, :, -1].set(last), output.kv)
 
