@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 AOT := .venv-aot
 TEST_WORKERS ?= 2
-PROMPT ?= Tom has 14 apples and buys 23 more. How many apples does he have now?
+PROMPT ?= What is the capital of France?
 ARGS ?=
 
 .PHONY: help setup demo test test-slow check check-gpu-compile nano format clean

@@ -38,11 +38,13 @@ def test_it_is_small_and_in_the_release_layout():
     assert isinstance(model.params.backbone["layers"]["swa_moe"]["mlp"]["down"], MXFP4Weight)
 
 
-def test_it_answers(generator):
-    question = [{"role": "user", "content": "Tom has 14 apples and buys 23 more. How many apples does he have now?"}]
-    answer = generator.chat(question, max_new_tokens=200)
+def test_it_writes_a_function_that_works(generator):
+    asked = next(p for p in load("code") if "keep_above_15(" in p.messages[-1]["content"])
+    answer = generator.chat(asked.messages, max_new_tokens=250)
     assert answer.finish_reason == "stop"
-    assert "37" in answer.text
+    names = {}
+    exec(answer.text.split("```python\n")[1].split("```")[0], names)
+    assert names["keep_above_15"]([60, 7, 15, 38]) == [60, 38]
 
 
 def test_drafts_change_nothing_but_speed(generator):
