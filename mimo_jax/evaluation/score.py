@@ -46,8 +46,8 @@ def score(
     step = positions if chunk is None else chunk
     groups = model.models.topology.data_parallel
     rows = -(-batch // groups) * groups
-    # a full forward reads nothing from the caches, so they need no room
-    capacity = 0 if chunk is None else positions
+    # a full forward reads nothing from the caches; their least room, since no argument may be empty (`request._padded`)
+    capacity = 1 if chunk is None else positions
     cache = model.made(partial(backbone_cache, config, rows, capacity, 1, model.dtype, groups=groups))
 
     logits, hidden = [], []
