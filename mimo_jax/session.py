@@ -129,7 +129,8 @@ class Session:
         self.active = self.active.copy()
         self.active[list(rows)] = False
         going = np.pad(self.active, (0, self._rows - len(self.prompts)))
-        active = place(going, self._state.active.sharding.spec, self.model.mesh)
+        spec = self.model.models.topology.spec(("batch",), going.shape)
+        active = place(going, spec, self.model.mesh)
         self._state = replace(self._state, active=active)
 
     def _run(self, program: Callable, *arguments: PromptChunk) -> Rounds:

@@ -7,6 +7,7 @@ import os
 import shutil
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -386,7 +387,7 @@ def with_a_scale_for_every_row(params):
         if not isinstance(weight, FP8BlockWeight):
             return weight
         rows = weight.values.shape[-2] // weight.scales.shape[-2]
-        return FP8BlockWeight(weight.values, np.repeat(np.asarray(weight.scales), rows, axis=-2))
+        return FP8BlockWeight(weight.values, jnp.asarray(np.repeat(np.asarray(weight.scales), rows, axis=-2)))
 
     return jax.tree.map(spread, params, is_leaf=lambda w: isinstance(w, FP8BlockWeight))
 
