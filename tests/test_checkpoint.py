@@ -399,9 +399,13 @@ def test_any_sharding_gives_the_same_parameters(micro, storage):
         "expert": "data",
         "expert_inner": "tensor",
         "heads": "tensor",
-        "mlp": "tensor",
+        "mlp": "tensor" if storage == "expanded" else None,  # 24 columns would cut a tile of FP8 scales
         "vocab": ("data", "tensor"),
     }
+    with pytest.raises(CheckpointError, match="24 of 96 columns on a device would cut tiles of 128 FP8 columns"):
+        cut = jax.sharding.NamedSharding(mesh, jax.P(None, None, "tensor"))
+        whole = jax.sharding.NamedSharding(mesh, jax.P())
+        load(micro, sharding=lambda axes, shape: cut if axes == ("layers", "embed", "mlp") else whole)
     asked = []
 
     def sharding(axes, shape):
