@@ -1,5 +1,6 @@
 """Processing of logits against loops written the slow way: truncation, penalties along a block, keyed randomness."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ VOCAB = 37
 
 
 def _sampling(settings, prompts=None):
-    return batch_requests(prompts or [[0]] * len(settings), settings, (), VOCAB).sampling
+    return jax.tree.map(jnp.asarray, batch_requests(prompts or [[0]] * len(settings), settings, (), VOCAB).sampling)
 
 
 def _kept(logits: np.ndarray, p: SamplingParams) -> set[int]:
