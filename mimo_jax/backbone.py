@@ -129,9 +129,8 @@ class Backbone(nnx.Module):
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Ids [...] int32 to rows [..., hidden]."""
         mine = array(self.embedding)
-        at = self.vocabulary.gather_rows(tokens) - self.vocabulary.index() * mine.shape[0]
-        there = (at >= 0) & (at < mine.shape[0])
-        return self.vocabulary.sum_rows(jnp.where(there[..., None], mine[at], 0))
+        at = self.vocabulary.local(self.vocabulary.gather_rows(tokens), mine.shape[0])
+        return self.vocabulary.sum_rows(mine.at[at].get(mode="fill", fill_value=0))
 
     def __call__(
         self,

@@ -77,7 +77,7 @@ def by_sum(
     """`on_all_devices` by sums over all devices that have experts or slices of them."""
     holders, owners = topology.cut("expert", "expert_inner"), topology.cut("expert")
     x, ids, weights = (holders.gather_rows(a) for a in (x, ids, weights))
-    return holders.sum_rows(mlp(x, _here(ids, experts // owners.width, owners.index()), weights))
+    return holders.sum_rows(mlp(x, owners.local(ids, experts // owners.width), weights))
 
 
 def by_exchange(
@@ -105,7 +105,7 @@ def by_exchange(
     ids = send(ids.at[row].get(mode="fill", fill_value=experts), jnp.full((room, ids.shape[1]), experts, ids.dtype))
     weights = send(weights.at[row].get(mode="fill", fill_value=0), jnp.zeros((room, weights.shape[1]), weights.dtype))
 
-    sums = mlp(x, _here(ids, mine, owners.index()), weights)
+    sums = mlp(x, owners.local(ids, mine), weights)
     sums = _send(sums, jnp.zeros((slots, sums.shape[1]), sums.dtype), route=back, owners=owners, most=wanted.shape[0])
     sums = jnp.zeros((wanted.shape[0], sums.shape[1]), sums.dtype).at[row].add(sums, mode="drop")
     return slices.sum_rows(copies.gather(sums, 0)[:rows])
@@ -116,12 +116,6 @@ def _cuts(topology: Topology) -> tuple[Cut, Cut, Cut]:
     owners = topology.cut("expert")
     same = [(axis, size) for axis, size in zip(owners.axes, owners.sizes, strict=True) if axis != GROUPS]
     return owners, topology.cut("expert_inner"), Cut(tuple(a for a, _ in same), tuple(s for _, s in same))
-
-
-def _here(ids: jax.Array, mine: int, index: jax.Array | int) -> jax.Array:
-    """Ids counted from this device's first expert; `mine` for those elsewhere."""
-    local = ids - index * mine
-    return jnp.where((local >= 0) & (local < mine), local, mine)
 
 
 def _share(rows: jax.Array, copies: Cut) -> jax.Array:

@@ -17,6 +17,7 @@ from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig, drafter_
 from mimo_jax.drafter import Drafter
 from mimo_jax.params import Declared, Params
 from mimo_jax.placement import check, with_copied_kv_heads
+from mimo_jax.progress import reporter
 from mimo_jax.speculative import DecodeState, ModelParams, Models, empty_state
 from mimo_jax.tokenizer import Tokenizer
 from sharding.distributed import agree
@@ -196,14 +197,7 @@ def load_model(
         return topology.sharding(mesh, axes, shape)
 
     def read(component: str, source: BackboneCheckpoint | DrafterCheckpoint, declared: Declared) -> Params:
-        done = 0
-
-        def report(count: int) -> None:
-            nonlocal done
-            done += count
-            if progress is not None:
-                progress(component, done, source.total_bytes)
-
+        report = reporter(progress, component, source.total_bytes)
         return source.load(declared, storage=storage, sharding=placed, progress=report)
 
     def load() -> ModelParams:

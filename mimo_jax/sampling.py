@@ -76,14 +76,8 @@ def process_logits(logits: jax.Array, sampling: Sampling, history: History, part
     )
     logits = jax.lax.cond(penalised, lambda x: _penalise(x, sampling, history, part), lambda x: x, logits)
     batch = jnp.arange(logits.shape[0])[:, None]
-    ids = local_ids(sampling.bias_ids, logits.shape[-1], part)
+    ids = part.local(sampling.bias_ids, logits.shape[-1])  # elsewhere: dropped
     return logits.at[batch, :, ids].add(sampling.bias[..., None], mode="drop")
-
-
-def local_ids(ids: jax.Array, vocab: int, part: Cut) -> jax.Array:
-    """Ids counted from the first of this device's `vocab`; `vocab`, to be dropped, for those it does not have."""
-    local = ids - part.index() * vocab
-    return jnp.where((local >= 0) & (local < vocab), local, vocab)
 
 
 def _penalise(logits: jax.Array, sampling: Sampling, history: History, part: Cut) -> jax.Array:
@@ -105,7 +99,7 @@ def _penalise(logits: jax.Array, sampling: Sampling, history: History, part: Cut
     same = (later[:, :, None] == later[:, None, :]).astype(jnp.int32)  # [batch, token, other]
     repeats = jnp.einsum("ij,btj->bit", within.astype(jnp.int32), same)
     batch, row = jnp.arange(later.shape[0])[:, None, None], jnp.arange(rows)[None, :, None]
-    at = local_ids(later, logits.shape[-1], part)
+    at = part.local(later, logits.shape[-1])
     counts = history.counts[batch[..., 0], at][:, None] + repeats  # [batch, rows, rows - 1]
     seen = (counts > 0) | sampling.prompt_seen[batch[..., 0], at][:, None]
     own = apply(logits[batch, row, at[:, None]], counts, seen)

@@ -23,7 +23,6 @@ from mimo_jax.sampling import (
     Sampling,
     accept_matching,
     accept_rejection,
-    local_ids,
     probabilities,
     process_logits,
     sample,
@@ -305,7 +304,7 @@ def _emit(
     finished = jnp.any(stops & standing, axis=1) | (counts >= left)
     anchor = jnp.take_along_axis(tokens, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
     batch, vocab = state.output_counts.shape
-    counted = jnp.where(standing, local_ids(tokens, vocab, models.topology.cut("logits")), vocab)
+    counted = jnp.where(standing, models.topology.cut("logits").local(tokens, vocab), vocab)
     state = replace(
         state,
         anchor=jnp.where(rows, anchor, state.anchor),

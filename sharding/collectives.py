@@ -29,6 +29,11 @@ class Cut:
         """Which part this device has."""
         return jax.lax.axis_index(self.axes) if self.axes else 0
 
+    def local(self, places: jax.Array, size: int) -> jax.Array:
+        """Places in the whole, counted from the first of this device's `size`; `size`, out of range, for others'."""
+        at = places - self.index() * size
+        return jnp.where((at >= 0) & (at < size), at, size)
+
     def sum(self, partial: jax.Array) -> jax.Array:
         """The sum over the parts, on every device."""
         return jax.lax.psum(partial, self.axes) if self.axes else partial
