@@ -1,1 +1,1 @@
-"""The server's package. Nothing is served yet: offline generation is `mimo_jax.Generator` and `mimo-jax generate`."""
+"""The server: gRPC services over an engine that batches requests continuously around the jitted decode loop."""
