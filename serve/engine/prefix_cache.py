@@ -82,7 +82,7 @@ class PrefixCache:
             if value < least:
                 raise ValueError(f"{name} is {value}; expected at least {least}")
         self._pool = pool
-        self._page_size = page_size
+        self.page_size = page_size
         self._page_bytes = page_size * _TOKEN_BYTES
         self._slots = snapshots
         self._slack = slack
@@ -151,16 +151,16 @@ class PrefixCache:
             used snapshot that is not pinned made room where no slot was free. None where nothing is to be saved: the
             same tokens have a snapshot (which now counts as used), or every slot is pinned, or there are none.
         """
-        needed = -(-len(tokens) // self._page_size)
+        needed = -(-len(tokens) // self.page_size)
         if len(pages) < needed:
             raise ValueError(
-                f"{len(tokens)} tokens lie in {needed} pages of {self._page_size}, of which {len(pages)} were given"
+                f"{len(tokens)} tokens lie in {needed} pages of {self.page_size}, of which {len(pages)} were given"
             )
         if not len(tokens) or not self._slots:
             return None
         packed = _pack(tokens)
         node = self._walk(packed)[-1]
-        full = len(tokens) // self._page_size
+        full = len(tokens) // self.page_size
         tail = packed[full * self._page_bytes :]
         if node.depth == full and (same := node.snapshots.get(tail)) is not None:
             self._used.move_to_end(same.slot)
@@ -248,7 +248,7 @@ class PrefixCache:
                 if len(tokens) != self._page_bytes:
                     raise IntegrityError(f"the node of page {child.page} is not of a whole page")
             for tail, s in node.snapshots.items():
-                length = node.depth * self._page_size + len(tail) // _TOKEN_BYTES
+                length = node.depth * self.page_size + len(tail) // _TOKEN_BYTES
                 if (s.node, s.tail, s.length, s.tail_page is None) != (node, tail, length, not tail):
                     raise IntegrityError(f"snapshot {s.slot} hangs in the wrong place")
             waiting.extend(node.children.values())
@@ -279,17 +279,17 @@ class PrefixCache:
                 tail, node = node.page, node.parent
         self._pins[snapshot.slot] += 1
         self._used.move_to_end(snapshot.slot)
-        return Hit(depth * self._page_size + beyond, pages, tail, snapshot.slot)
+        return Hit(depth * self.page_size + beyond, pages, tail, snapshot.slot)
 
     def _entries_of(self, snapshot: _Snapshot) -> Iterator[tuple[_Node, bytes]]:
         """Where a snapshot can be found: for each length it serves, the node before and the tokens between."""
         node, after = snapshot.node, snapshot.tail
         for length in range(snapshot.length, max(0, snapshot.length - self._slack - 1), -1):
-            beyond = length - node.depth * self._page_size
+            beyond = length - node.depth * self.page_size
             if beyond < 0:
                 assert node.parent is not None
                 node, after = node.parent, node.tokens
-                beyond += self._page_size
+                beyond += self.page_size
             yield node, after[: beyond * _TOKEN_BYTES]
 
     def _remember(self, snapshot: _Snapshot) -> None:

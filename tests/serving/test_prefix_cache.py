@@ -58,13 +58,20 @@ def common(a: Tokens, b: Tokens) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+PIECES = [(0,), (1,), (0, 1), (1, 1, 0), (0,) * 8, (1, 0) * 8, (1, 1, 0, 0, 0) * 5]
+TEXT = st.lists(st.sampled_from(PIECES), max_size=4).map(lambda pieces: sum(pieces, ()))
+
+
 class Machine(RuleBasedStateMachine):
     page_size = 3
 
     @initialize(
-        pages=st.integers(4, 24), snapshots=st.sampled_from([0, 1, 2, 3, 6]), slack=st.sampled_from([0, 1, 2, 8, 40])
+        positions=st.integers(60, 400),
+        snapshots=st.sampled_from([0, 1, 2, 4, 8]),
+        slack=st.sampled_from([0, 1, 2, 8, 40]),
     )
-    def start(self, pages, snapshots, slack):
+    def start(self, positions, snapshots, slack):
+        pages = -(-positions // self.page_size)
         self.slack, self.slots = slack, snapshots
         self.pool = PagePool(pages)
         self.cache = PrefixCache(self.pool, self.page_size, snapshots, slack)
@@ -72,6 +79,7 @@ class Machine(RuleBasedStateMachine):
         self.sequences: list[Sequence] = []
         self.pending: list[tuple[Tokens, Hit, Saved]] = []
         self.saved: list[Saved] = []  # least recently used first
+        self.seen: list[Tokens] = [()]
         self.tree: dict[Tokens, int] = {}  # full pages of tokens from the beginning -> the page of the last of them
 
     # What the cache should say.
@@ -105,12 +113,15 @@ class Machine(RuleBasedStateMachine):
 
     # What sequences do.
 
-    @rule(data=st.data(), new=st.lists(st.integers(0, 2), max_size=70))
-    def match(self, data, new):
-        """Ask for a prompt: something new, or something like what is known, or was once."""
-        known = [*(s.tokens for s in self.saved), *(tuple(s.tokens) for s in self.sequences)]
-        old = data.draw(st.sampled_from(known)) if known else ()
-        prompt = old[: data.draw(st.integers(0, len(old)))] + tuple(new[: data.draw(st.integers(0, len(new)))])
+    def prompt(self, data) -> Tokens:
+        """Something new, or something like what was seen before."""
+        old = data.draw(st.sampled_from(self.seen))
+        cut = data.draw(st.one_of(st.sampled_from([0, 0, 1, 2, 8]), st.integers(0, len(old))))
+        return old[: max(0, len(old) - cut)] + data.draw(TEXT) or (0,)
+
+    @rule(data=st.data())
+    def match(self, data):
+        prompt = self.prompt(data)
         limit = data.draw(st.one_of(st.just(len(prompt) - 1), st.integers(-1, len(prompt) + 2)))
         hit = self.cache.match(data.draw(st.sampled_from([list, tuple, lambda t: array("i", t)]))(prompt), limit)
         usable = {
@@ -127,6 +138,8 @@ class Machine(RuleBasedStateMachine):
             full = best // self.page_size
             assert list(hit.pages) == [self.tree[tokens] for tokens in self.prefixes(prompt)[:full]]
             assert (hit.tail is None) == (best % self.page_size == 0)
+        else:
+            self.begin(prompt)
 
     @precondition(lambda self: self.pending)
     @rule(data=st.data())
@@ -153,15 +166,16 @@ class Machine(RuleBasedStateMachine):
             self.sequences.append(sequence)
         self.cache.unpin(hit)
 
-    @rule(prompt=st.lists(st.integers(0, 2), min_size=1, max_size=70))
-    def begin(self, prompt):
+    def begin(self, prompt: Tokens) -> None:
+        """Compute the whole prompt, if there is room."""
         pages = self.allocate(-(-len(prompt) // self.page_size))
         if pages is not None:
-            self.sequences.append(Sequence(prompt, pages))
+            self.sequences.append(Sequence(list(prompt), pages))
             self.device.write(self.sequences[-1], 0)
+            self.save(self.sequences[-1], len(prompt))
 
     @precondition(lambda self: self.sequences)
-    @rule(data=st.data(), tokens=st.lists(st.integers(0, 2), min_size=1, max_size=20))
+    @rule(data=st.data(), tokens=TEXT)
     def append(self, data, tokens):
         sequence = data.draw(st.sampled_from(self.sequences))
         length = len(sequence.tokens)
@@ -172,13 +186,16 @@ class Machine(RuleBasedStateMachine):
             self.device.write(sequence, length)
 
     @precondition(lambda self: self.sequences)
-    @rule(data=st.data(), short=st.sampled_from([0, 0, 0, 1, 5, 1000]))
-    def insert(self, data, short):
+    @rule(data=st.data(), short=st.sampled_from([0, 0, 0, 1, 5, 1000]), more=st.integers(0, 1))
+    def insert(self, data, short, more):
         """Save a sequence as it is, or (`short`) as it was some tokens ago."""
         sequence = data.draw(st.sampled_from(self.sequences))
-        tokens = tuple(sequence.tokens[: max(0, len(sequence.tokens) - short)])
+        self.save(sequence, max(0, len(sequence.tokens) - short), more)
+
+    def save(self, sequence: Sequence, length: int, more: int = 0) -> None:
+        tokens = tuple(sequence.tokens[:length])
         needed = -(-len(tokens) // self.page_size)
-        slot = self.cache.insert(tokens, sequence.pages[: needed + data.draw(st.integers(0, 1))])
+        slot = self.cache.insert(tokens, sequence.pages[: needed + more])
         same = next((saved for saved in self.saved if saved.tokens == tokens), None)
         unpinned = [saved for saved in self.saved if not saved.pins]
         if same is not None:
@@ -198,6 +215,7 @@ class Machine(RuleBasedStateMachine):
                 self.tree.setdefault(prefix, page)
             self.forget_unneeded()
             self.device.snapshots[slot] = tokens
+            self.seen.append(tokens)
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -206,8 +224,12 @@ class Machine(RuleBasedStateMachine):
         self.sequences.remove(sequence)
         self.pool.release(sequence.pages)
 
-    @rule(free=st.integers(0, 30))
-    def evict(self, free):
+    @precondition(lambda self: self.saved)
+    @rule(more=st.integers(0, 8))
+    def evict_some(self, more):
+        self.evict(self.free() + more)
+
+    def evict(self, free: int) -> None:
         before = list(self.saved), dict(self.tree)
         while self.free() < free and (unpinned := [saved for saved in self.saved if not saved.pins]):
             self.drop(unpinned[0])
@@ -216,6 +238,7 @@ class Machine(RuleBasedStateMachine):
             self.saved, self.tree = before
         assert self.cache.evict(free) == possible
 
+    @precondition(lambda self: len(self.saved) > 2)
     @rule()
     def clear(self):
         self.cache.clear()
@@ -279,10 +302,24 @@ class MachineOfWidePages(Machine):
     page_size = 16
 
 
-STEPS = settings(max_examples=60, stateful_step_count=40, deadline=None)
-SOAK = settings(max_examples=3000, stateful_step_count=80, deadline=None)
+STEPS = settings(max_examples=150, stateful_step_count=50, deadline=None)
+SOAK = settings(max_examples=1500, stateful_step_count=80, deadline=None)
 
 MACHINES = (MachineOfSinglePositions, Machine, MachineOfWidePages)
+
+
+def cache_of(pages: int, page_size: int, snapshots: int, slack: int) -> tuple[PagePool, PrefixCache]:
+    pool = PagePool(pages)
+    return pool, PrefixCache(pool, page_size, snapshots, slack)
+
+
+def keep(pool: PagePool, cache: PrefixCache, tokens: Tokens) -> int | None:
+    """Let a sequence compute the tokens, be saved, and end."""
+    pages = pool.allocate(-(-len(tokens) // cache.page_size))
+    assert pages is not None
+    slot = cache.insert(tokens, pages)
+    pool.release(pages)
+    return slot
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -294,3 +331,118 @@ def test_against_plain_lists(machine):
 @pytest.mark.parametrize("machine", MACHINES)
 def test_against_plain_lists_for_longer(machine):
     run_state_machine_as_test(machine, settings=SOAK)
+
+
+def test_the_same_prompt_again_needs_only_its_last_token():
+    pool, cache = cache_of(pages=8, page_size=4, snapshots=2, slack=1)
+    pages = pool.allocate(3)
+    assert pages is not None
+    slot = cache.insert(range(10), pages)
+    hit = cache.match(range(10), 9)
+    assert hit == Hit(9, tuple(pages[:2]), pages[2], 0 if slot is None else slot)
+    assert [pool.references(page) for page in pages] == [3, 3, 2]
+
+
+def test_a_hit_may_end_inside_a_page_that_the_snapshot_filled():
+    pool, cache = cache_of(pages=8, page_size=4, snapshots=2, slack=8)
+    pages = pool.allocate(3)
+    assert pages is not None
+    slot = cache.insert(range(10), pages)
+    assert slot is not None
+    assert cache.match([0, 1, 2, 3, 4, 5, 99], 6) == Hit(6, (pages[0],), pages[1], slot)
+    assert cache.match([0, 1, 99], 2) == Hit(2, (), pages[0], slot)
+    assert cache.match([0, 99], 1) is None  # nine short of the snapshot; the rings keep eight
+
+
+def test_a_pinned_hit_outlives_every_eviction():
+    pool, cache = cache_of(pages=4, page_size=4, snapshots=1, slack=0)
+    assert keep(pool, cache, tuple(range(6))) == 0
+    hit = cache.match(range(7), 6)
+    assert hit is not None
+    cache.clear()
+    assert not cache.evict(3)
+    assert keep(pool, cache, (9, 9)) is None
+    assert (cache.used_snapshots, cache.held_pages, pool.free) == (1, 1, 2)
+    cache.unpin(hit)
+    with pytest.raises(IntegrityError, match="unpinned once"):
+        cache.unpin(hit)
+    assert cache.evict(3)  # all but the full page, which stays with whoever asked
+    assert (cache.used_snapshots, cache.held_pages) == (0, 0)
+    pool.release(hit.pages)
+    assert pool.free == pool.total
+
+
+def test_evicting_in_vain_drops_nothing():
+    pool, cache = cache_of(pages=4, page_size=4, snapshots=2, slack=0)
+    running = pool.allocate(2)
+    keep(pool, cache, (1, 2, 3, 4, 5))
+    assert not cache.evict(3)
+    assert (cache.used_snapshots, cache.held_pages, pool.free) == (1, 2, 0)
+    assert cache.evict(2)
+    assert running is not None
+    pool.release(running)
+    assert pool.free == pool.total
+
+
+def test_no_snapshots_no_hits():
+    pool, cache = cache_of(pages=4, page_size=4, snapshots=0, slack=8)
+    assert keep(pool, cache, tuple(range(8))) is None
+    assert cache.match(range(8), 8) is None
+    assert pool.free == pool.total
+
+
+def test_a_sequence_has_pages_for_its_tokens():
+    pool, cache = cache_of(pages=4, page_size=4, snapshots=1, slack=8)
+    pages = pool.allocate(1)
+    assert pages is not None
+    with pytest.raises(ValueError, match="5 tokens lie in 2 pages of 4, of which 1 were given"):
+        cache.insert(range(5), pages)
+
+
+@pytest.mark.parametrize("wrong", [{"page_size": 0}, {"snapshots": -1}, {"slack": -1}])
+def test_refuses_numbers_that_make_no_sense(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
+        PrefixCache(PagePool(1), **{"page_size": 1, "snapshots": 1, "slack": 1, **wrong})
+
+
+def test_a_long_prompt_is_no_deeper_than_python_can_go():
+    length = 100_000
+    pool, cache = cache_of(pages=length, page_size=4, snapshots=2, slack=8)
+    tokens = array("i", range(length))
+    assert keep(pool, cache, tuple(tokens)) is not None
+    assert keep(pool, cache, tuple(tokens[: length // 2])) is not None
+    hit = cache.match(tokens, length - 1)
+    assert hit is not None
+    assert (hit.length, len(hit.pages)) == (length - 1, (length - 1) // 4)
+    assert cache.held_pages == 1  # the tail; the others are the hit's too
+    cache.check()
+    pool.release(hit.pages)
+    cache.unpin(hit)
+    cache.clear()
+    cache.check()
+    assert pool.free == pool.total
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda pool, cache: pool.cache(0),
+        lambda pool, cache: pool.uncache(0),
+        lambda pool, cache: cache._free_slots.pop(),
+        lambda pool, cache: cache._pins.update([1]),
+        lambda pool, cache: cache._root.entries.clear(),
+        lambda pool, cache: next(iter(cache._root.children.values())).snapshots.clear(),
+        lambda pool, cache: cache._root.children.clear(),
+        lambda pool, cache: setattr(next(iter(cache._root.children.values())), "depth", 2),
+        lambda pool, cache: setattr(next(iter(cache._used.values())), "length", 7),
+    ],
+)
+def test_check_sees_damage(damage):
+    pool, cache = cache_of(pages=4, page_size=4, snapshots=2, slack=8)
+    pages = pool.allocate(2)
+    assert pages is not None
+    cache.insert(range(6), pages)
+    cache.check()
+    damage(pool, cache)
+    with pytest.raises(IntegrityError):
+        cache.check()
