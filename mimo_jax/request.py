@@ -132,7 +132,8 @@ def batch_requests(
         bias=_padded([[v for _, v in b] for b in biases], 0.0, "float32", least=1),
         prompt_seen=seen,
     )
-    return Requests(sampling, _padded(stops, -1, "int32", least=4), column("max_new_tokens", "int32"))
+    nobody: Any = np.zeros(len(prompts), bool)
+    return Requests(sampling, _padded(stops, -1, "int32", least=4), column("max_new_tokens", "int32"), nobody)
 
 
 def _padded(rows: Sequence[Sequence[float]], filler: float, dtype: str, least: int) -> Any:

@@ -75,9 +75,29 @@ def process_logits(logits: jax.Array, sampling: Sampling, history: History, part
         (sampling.repetition_penalty != 1) | (sampling.presence_penalty != 0) | (sampling.frequency_penalty != 0)
     )
     logits = jax.lax.cond(penalised, lambda x: _penalise(x, sampling, history, part), lambda x: x, logits)
-    batch = jnp.arange(logits.shape[0])[:, None]
-    ids = part.local(sampling.bias_ids, logits.shape[-1])  # elsewhere: dropped
-    return logits.at[batch, :, ids].add(sampling.bias[..., None], mode="drop")
+
+    def biased(x: jax.Array) -> jax.Array:
+        batch = jnp.arange(x.shape[0])[:, None]
+        ids = part.local(sampling.bias_ids, x.shape[-1])  # elsewhere: dropped
+        return x.at[batch, :, ids].add(sampling.bias[..., None], mode="drop")
+
+    return jax.lax.cond(jnp.any(sampling.bias != 0), biased, lambda x: x, logits)
+
+
+def keep_allowed(logits: jax.Array, masks: jax.Array | None, part: Cut = Cut()) -> jax.Array:
+    """Send to -inf what masks do not allow.
+
+    Args:
+        logits: [batch, rows, vocab] float32.
+        masks: [batch, rows, ceil(vocab / 32)] int32, or None for no limits: token t is allowed where bit t % 32 of word
+            t // 32 is set.
+        part: Which part of the vocabulary the logits are of; masks are of all of it.
+    """
+    if masks is None:
+        return logits
+    bits = (masks[..., None] >> jnp.arange(32, dtype=jnp.int32)) & 1
+    allowed = bits.reshape(*masks.shape[:-1], -1)[..., : logits.shape[-1] * part.width]
+    return jnp.where(part.part(allowed, -1) == 1, logits, -jnp.inf)
 
 
 def _penalise(logits: jax.Array, sampling: Sampling, history: History, part: Cut) -> jax.Array:

@@ -16,6 +16,7 @@ import numpy as np
 from mimo_jax.backbone import Backbone, BackboneOutput
 from mimo_jax.cache import BackboneCache, RingKV
 from mimo_jax.drafter import Drafter
+from mimo_jax.logprobs import Logprobs, logprobs
 from mimo_jax.params import Declared, Params
 from mimo_jax.sampling import (
     History,
@@ -23,6 +24,7 @@ from mimo_jax.sampling import (
     Sampling,
     accept_matching,
     accept_rejection,
+    keep_allowed,
     probabilities,
     process_logits,
     sample,
@@ -76,6 +78,8 @@ class Requests:
     """[batch, stops] int32: tokens that end a sequence, padded with -1."""
     max_new_tokens: BatchArray
     """[batch] int32."""
+    logprobs: BatchArray
+    """[batch] bool: who wants log-probabilities, where a program gives them."""
 
 
 @jax.tree_util.register_dataclass
@@ -124,6 +128,8 @@ class Rounds:
     """[batch] int32: drafts the backbone agreed with, before any cut; counts is accepted + 1 where nothing was cut."""
     active: jax.Array
     """[batch] bool: rows that go on after the round."""
+    logprobs: Logprobs | None = None
+    """Of `tokens`, if asked for."""
 
     @property
     def ran(self) -> int:
@@ -139,13 +145,16 @@ def empty_state(cache: BackboneCache, ring: RingKV | None, vocab_size: int) -> D
     return DecodeState(cache, ring, zeros, jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32), counts)
 
 
-@partial(jax.jit, static_argnames="models", donate_argnames="state")
+@partial(jax.jit, static_argnames=("models", "top_logprobs"), donate_argnames="state")
 def prefill(
     models: Models,
     params: ModelParams,
     state: DecodeState,
     requests: Requests,
     chunk: PromptChunk,
+    masks: jax.Array | None = None,
+    *,
+    top_logprobs: int = 0,
 ) -> tuple[DecodeState, Rounds]:
     """Commit a chunk of prompt, and start the rows whose prompt it completes.
 
@@ -155,6 +164,8 @@ def prefill(
         state: Donated.
         requests: Sampling settings and limits.
         chunk: What to commit.
+        masks: [batch, 1, words] int32: what a first token may be (see `sampling.keep_allowed`).
+        top_logprobs: Give log-probabilities to who wants them, with those of so many tokens; 0 for none.
 
     Returns:
         The state, and a round that gave the rows which start their first new token.
@@ -166,13 +177,20 @@ def prefill(
     logits = backbone.logits(jnp.take_along_axis(output.hidden, final, axis=1))  # [batch, 1, vocab]
     # the row's own token is part of the prompt, not of the output, so the block adds nothing to the counts
     history = History(state.output_counts, jnp.zeros_like(counts)[:, None])
-    truncated = truncate(process_logits(logits, requests.sampling, history, part), requests.sampling, part)
+    processed = keep_allowed(process_logits(logits, requests.sampling, history, part), masks, part)
+    truncated = truncate(processed, requests.sampling, part)
     first = sample(truncated, requests.sampling, state.cache.lengths[:, None], Purpose.TOKEN, part)
     state, done = _emit(models, state, requests, first[:, :0], first, jnp.zeros_like(counts), starting=chunk.last)
+    if top_logprobs:
+        done = replace(done, logprobs=logprobs(logits, first, requests.logprobs & chunk.last, top_logprobs, part))
     return state, _of_all_groups(models, done, axis=0)
 
 
-@partial(jax.jit, static_argnames=("models", "rounds", "verify_length", "sampled_drafts"), donate_argnames="state")
+@partial(
+    jax.jit,
+    static_argnames=("models", "rounds", "verify_length", "sampled_drafts", "top_logprobs"),
+    donate_argnames="state",
+)
 def decode(
     models: Models,
     params: ModelParams,
@@ -182,6 +200,7 @@ def decode(
     rounds: int,
     verify_length: int,
     sampled_drafts: bool = False,
+    top_logprobs: int = 0,
 ) -> tuple[DecodeState, Rounds]:
     """Run up to `rounds` rounds on the device, fewer if every row finishes.
 
@@ -195,18 +214,19 @@ def decode(
         sampled_drafts: Draw drafts from the drafter's distribution and verify by rejection, instead of drafting
             greedily and comparing with the backbone's own keyed pick. The law of the output is the same; the default
             also makes it the same tokens as plain decoding with the same seed.
+        top_logprobs: As for `prefill`.
 
     Returns:
         The state, and the rounds [rounds, batch, ...], zero beyond the ones that ran.
     """
-    batch, groups = state.anchor.shape[0], models.topology.cut("batch")
-    log = Rounds(
-        drafts=jnp.zeros((rounds, batch, verify_length - 1), jnp.int32),
-        tokens=jnp.zeros((rounds, batch, verify_length), jnp.int32),
-        counts=jnp.zeros((rounds, batch), jnp.int32),
-        accepted=jnp.zeros((rounds, batch), jnp.int32),
-        active=jnp.zeros((rounds, batch), bool),
-    )
+    groups = models.topology.cut("batch")
+
+    def one(state: DecodeState) -> tuple[DecodeState, Rounds]:
+        drafts, q = draft(models, params, state, requests.sampling, verify_length, sampled_drafts)
+        return verify(models, params, state, requests, drafts, q, top_logprobs=top_logprobs)
+
+    done = jax.eval_shape(one, state)[1]
+    log = jax.tree.map(lambda s: jnp.zeros((rounds, *s.shape), s.dtype), done)
 
     def proceed(carry: tuple[jax.Array, DecodeState, Rounds]) -> jax.Array:
         i, state, _ = carry
@@ -214,7 +234,7 @@ def decode(
 
     def step(carry: tuple[jax.Array, DecodeState, Rounds]) -> tuple[jax.Array, DecodeState, Rounds]:
         i, state, log = carry
-        state, done = _round(models, params, state, requests, verify_length, sampled_drafts)
+        state, done = one(state)
         return i + 1, state, jax.tree.map(lambda a, b: a.at[i].set(b), log, done)
 
     _, state, log = jax.lax.while_loop(proceed, step, (jnp.int32(0), state, log))
@@ -226,24 +246,67 @@ def _of_all_groups(models: Models, rounds: Rounds, axis: int) -> Rounds:
     return jax.tree.map(lambda x: models.topology.cut("batch").gather(x, axis), rounds)
 
 
-def _round(
+def draft(
+    models: Models,
+    params: ModelParams,
+    state: DecodeState,
+    sampling: Sampling,
+    verify_length: int,
+    sampled: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Draft tokens [batch, verify_length - 1] and, if they are sampled, the laws they were drawn from (of all ids)."""
+    part, batch = models.topology.cut("logits"), state.anchor.shape[0]
+    if verify_length == 1:
+        vocab = state.output_counts.shape[-1] * part.width
+        return jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0, vocab), jnp.float32) if sampled else None
+    assert state.ring is not None, "a verify length above 1 needs a drafter"
+    backbone, drafter, lengths = models.backbone.bind(params.backbone), models.bind_drafter(params), state.cache.lengths
+    hidden = drafter(backbone.embed(state.anchor), state.ring, lengths)
+    logits = backbone.head(hidden[:, 1:verify_length])
+    if not sampled:
+        return part.argmax(logits), None
+    logits = part.gather(truncate(logits, sampling, part), -1)
+    positions = lengths[:, None] + 1 + jnp.arange(verify_length - 1)
+    return sample(logits, sampling, positions, Purpose.DRAFT), probabilities(logits, sampling)
+
+
+def verify(
     models: Models,
     params: ModelParams,
     state: DecodeState,
     requests: Requests,
-    verify_length: int,
-    sampled_drafts: bool,
+    drafts: jax.Array,
+    q: jax.Array | None = None,
+    masks: jax.Array | None = None,
+    *,
+    top_logprobs: int = 0,
 ) -> tuple[DecodeState, Rounds]:
-    backbone, part = models.backbone.bind(params.backbone), models.topology.cut("logits")
+    """The rest of a round: what stands of a batch's drafts, committed.
+
+    Args:
+        models: Declared modules.
+        params: Their parameters.
+        state: With the anchors that the drafts follow.
+        requests: Sampling settings and limits.
+        drafts: [batch, rows - 1] int32.
+        q: [batch, rows - 1, vocab] float32, the laws the drafts were drawn from: accept by rejection, not by matching.
+        masks: [batch, rows, words] int32: what may follow each row (see `sampling.keep_allowed`).
+        top_logprobs: As for `prefill`.
+    """
+    backbone, part, verify_length = (
+        models.backbone.bind(params.backbone),
+        models.topology.cut("logits"),
+        drafts.shape[1] + 1,
+    )
     sampling, lengths = requests.sampling, state.cache.lengths
     positions = lengths[:, None] + 1 + jnp.arange(verify_length)  # where each row's pick will stand
 
-    drafts, q = _draft(models, params, backbone, state, sampling, verify_length, sampled_drafts)
     block = jnp.concatenate([state.anchor[:, None], drafts], axis=1)
     output = backbone(block, state.cache, models.capture, jnp.where(state.active, verify_length, 0))
-    logits = process_logits(backbone.logits(output.hidden), sampling, History(state.output_counts, block), part)
-    truncated = truncate(logits, sampling, part)
-    if sampled_drafts:
+    logits = backbone.logits(output.hidden)
+    processed = process_logits(logits, sampling, History(state.output_counts, block), part)
+    truncated = truncate(keep_allowed(processed, masks, part), sampling, part)
+    if q is not None:
         truncated = part.gather(truncated, -1)
         uniform = uniforms(sampling.seed, positions[:, :-1], Purpose.ACCEPT)
         final = uniforms(sampling.seed, positions, Purpose.RESIDUAL)
@@ -254,33 +317,10 @@ def _round(
         tokens = sample(truncated, sampling, positions, Purpose.TOKEN, part)
         accepted = accept_matching(drafts, tokens)
 
-    emitted, rounds = _emit(models, state, requests, drafts, tokens, accepted)
-    return _commit(models, params, emitted, output, rounds.counts), rounds
-
-
-def _draft(
-    models: Models,
-    params: ModelParams,
-    backbone: Backbone,
-    state: DecodeState,
-    sampling: Sampling,
-    verify_length: int,
-    sampled: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Draft tokens [batch, verify_length - 1] and, if they are sampled, the laws they were drawn from (of all ids)."""
-    part = models.topology.cut("logits")
-    if verify_length == 1:
-        batch, vocab = state.output_counts.shape
-        return jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0, vocab * part.width), jnp.float32)
-    assert state.ring is not None, "a verify length above 1 needs a drafter"
-    drafter, lengths = models.bind_drafter(params), state.cache.lengths
-    hidden = drafter(backbone.embed(state.anchor), state.ring, lengths)
-    logits = backbone.head(hidden[:, 1:verify_length])
-    if not sampled:
-        return part.argmax(logits), logits[..., :0]
-    logits = part.gather(truncate(logits, sampling, part), -1)
-    positions = lengths[:, None] + 1 + jnp.arange(verify_length - 1)
-    return sample(logits, sampling, positions, Purpose.DRAFT), probabilities(logits, sampling)
+    emitted, done = _emit(models, state, requests, drafts, tokens, accepted)
+    if top_logprobs:
+        done = replace(done, logprobs=logprobs(logits, tokens, requests.logprobs & state.active, top_logprobs, part))
+    return _commit(models, params, emitted, output, done.counts), done
 
 
 def _emit(
