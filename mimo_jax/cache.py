@@ -101,6 +101,7 @@ def backbone_cache(
     dtype: jax.typing.DTypeLike,
     page_size: int = 64,
     groups: int = 1,
+    pages: int | None = None,
 ) -> BackboneCache:
     """An empty cache in which each of `batch` sequences owns pages for `capacity` positions.
 
@@ -112,15 +113,20 @@ def backbone_cache(
         dtype: Of keys and values.
         page_size: Positions a page holds.
         groups: Data-parallel groups among which the sequences are split; each numbers its own pages.
+        pages: Of all groups together, where no sequence owns any before a table says so.
     """
-    pages = -(-capacity // page_size)
+    columns = -(-capacity // page_size)
     kv: dict[AttentionKind, PagedKV | RingKV] = {}
     for kind in config.attention_kinds:
         attention = config.attention(kind)
         layers = sum(layer.attention == kind for layer in config.layers)
         if kind == "full":
-            table = jnp.arange(batch * pages, dtype=jnp.int32).reshape(batch, pages) % (batch // groups * pages)
-            kv[kind] = PagedKV(*_zeros((layers, batch * pages, page_size), attention, dtype), table)
+            table = jnp.zeros((batch, columns), jnp.int32)
+            if pages is None:
+                own = jnp.arange(batch * columns, dtype=jnp.int32).reshape(batch, columns)
+                table = own % (batch // groups * columns)
+            held = batch * columns if pages is None else pages
+            kv[kind] = PagedKV(*_zeros((layers, held, page_size), attention, dtype), table)
         else:
             slots = ring_slots(attention.visible_keys, block, capacity)
             kv[kind] = RingKV(*_zeros((layers, batch, slots), attention, dtype))

@@ -98,7 +98,12 @@ def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
 
 
 def batch_requests(
-    prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], eos_ids: Sequence[int], vocab_size: int
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    eos_ids: Sequence[int],
+    vocab_size: int,
+    stops: int = 4,
+    biases: int = 1,
 ) -> Requests:
     """Requests as arrays on the host, one row a request.
 
@@ -107,11 +112,13 @@ def batch_requests(
         params: Their settings.
         eos_ids: The model's end-of-text tokens, which end every request that does not ignore them.
         vocab_size: Of the model's logits.
+        stops: Room for stop tokens, at least.
+        biases: Room for logit biases, at least.
 
     Ids must be in the vocabulary (`check_requests`).
     """
-    stops = [sorted({*p.stop_token_ids, *(() if p.ignore_eos else eos_ids)}) for p in params]
-    biases = [sorted(p.logit_bias.items()) for p in params]
+    stop_ids = [sorted({*p.stop_token_ids, *(() if p.ignore_eos else eos_ids)}) for p in params]
+    biased = [sorted(p.logit_bias.items()) for p in params]
     seen: Any = np.zeros((len(prompts), vocab_size), bool)
     for row, prompt in enumerate(prompts):
         seen[row, np.asarray(prompt, np.int64)] = True
@@ -128,12 +135,12 @@ def batch_requests(
         presence_penalty=column("presence_penalty", "float32"),
         frequency_penalty=column("frequency_penalty", "float32"),
         seed=column("seed", "uint32"),
-        bias_ids=_padded([[i for i, _ in b] for b in biases], -1, "int32", least=1),
-        bias=_padded([[v for _, v in b] for b in biases], 0.0, "float32", least=1),
+        bias_ids=_padded([[i for i, _ in b] for b in biased], -1, "int32", least=biases),
+        bias=_padded([[v for _, v in b] for b in biased], 0.0, "float32", least=biases),
         prompt_seen=seen,
     )
     nobody: Any = np.zeros(len(prompts), bool)
-    return Requests(sampling, _padded(stops, -1, "int32", least=4), column("max_new_tokens", "int32"), nobody)
+    return Requests(sampling, _padded(stop_ids, -1, "int32", least=stops), column("max_new_tokens", "int32"), nobody)
 
 
 def _padded(rows: Sequence[Sequence[float]], filler: float, dtype: str, least: int) -> Any:
