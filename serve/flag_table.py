@@ -25,7 +25,7 @@ _OTHER_DRAFTERS = Not("speculation is by DFlash drafters alone; use DFLASH, or N
 _NO_FP8_CACHE = Not("caches have the dtype of activations; use auto")
 _FIFO = To("fcfs", "requests start in the order they came; no other order is here")
 _LLGUIDANCE = To("llguidance", "grammars are llguidance's, which takes the same schemas, regular expressions and EBNF")
-_GATEWAY = "this server gives the text unparsed; a gateway is told which parser the model needs"
+_GATEWAY = "the text service reads the family's format by itself; for a gateway with a flag of that name it is "
 _ONLY_ONE = "models are cut by --tensor-parallel-size, --ep-size and --dp-size alone"
 
 MODEL = (
@@ -229,13 +229,13 @@ TEXT = (
     ),
     mapped(
         "--reasoning-parser",
-        values=dict.fromkeys(("auto", "mimo", "qwen3"), To("qwen3", _GATEWAY)),
-        help="what gateways are told",
+        values=dict.fromkeys(("auto", "mimo", "qwen3"), To("qwen3", f"{_GATEWAY}qwen3")),
+        help="reported to gateways, which parse by themselves",
     ),
     mapped(
         "--tool-call-parser",
-        values=dict.fromkeys(("auto", "mimo", "qwen_xml"), To("qwen_xml", _GATEWAY)),
-        help="what gateways are told",
+        values=dict.fromkeys(("auto", "mimo", "qwen_xml"), To("qwen_xml", f"{_GATEWAY}qwen_xml")),
+        help="reported to gateways, which parse by themselves",
     ),
 )
 
@@ -274,9 +274,9 @@ LIFE = (
     switch("--log-requests", help="log when a request comes and how it ends; never its text"),
     honoured(
         "--metrics-prefix",
+        choices=("mimo:", "sglang:"),
         default="mimo:",
-        metavar="TEXT",
-        help="of Prometheus metrics; sglang: for dashboards made for SGLang (default: mimo:)",
+        help="of Prometheus metrics; sglang: fits dashboards made for SGLang (default: mimo:)",
     ),
 )
 

@@ -60,7 +60,7 @@ class ServerOptions:
     chat_template: Path | None
     """A Jinja file; None: the checkpoint's, else the family's."""
     reasoning_parser: str | None
-    """What gateways are told; nothing is parsed here."""
+    """What a gateway's flag of that name should be; the text service reads the family's format by itself."""
     tool_call_parser: str | None
 
     # network
@@ -96,7 +96,7 @@ class ServerOptions:
     """Seconds that requests have to finish once the server is told to end."""
     log_level: str
     log_requests: bool
-    metrics_prefix: str
+    metrics_prefix: Literal["mimo:", "sglang:"]
 
     @property
     def process(self) -> int:

@@ -121,7 +121,7 @@ def resolve(
         drain_timeout=arguments.drain_timeout,
         log_level=arguments.log_level,
         log_requests=arguments.log_requests,
-        metrics_prefix=_metrics_prefix(arguments.metrics_prefix),
+        metrics_prefix=arguments.metrics_prefix,
     )
 
 
@@ -317,9 +317,3 @@ def _key(flag: str, key: str | None) -> str | None:
     if key is not None and not re.fullmatch(r"[!-~]+", key):
         raise FlagError(f"{flag} must be printable ASCII without spaces, and not empty")  # as gRPC metadata may be
     return key
-
-
-def _metrics_prefix(prefix: str) -> str:
-    if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", prefix):
-        raise FlagError(f"--metrics-prefix {prefix!r} cannot begin a Prometheus metric: letters, digits, _ and :")
-    return prefix

@@ -243,7 +243,7 @@ BAD = [
     ("--ssl-ca-certs {models}/cert.pem", "--ssl-ca-certs needs"),
     ("--ssl-certfile {models}/absent.pem --ssl-keyfile {models}/absent.pem", "absent.pem"),
     ("--api-key=", "--api-key must be printable ASCII without spaces, and not empty"),
-    ("--metrics-prefix 9-", "cannot begin a Prometheus metric"),
+    ("--metrics-prefix vllm:", "choose from 'mimo:', 'sglang:'"),
     ("--tp 2 --nnodes 3 --node-rank 0 --dist-init-addr h:1", "does not divide by 3"),
     ("--tp 2 --nnodes 2 --node-rank 0 --dist-init-addr h:30000", "processes meet at 30000 and 30001"),
     ("--tp 2 --nnodes 2 --node-rank 2 --dist-init-addr h:1", "numbers go from 0 to 1"),
@@ -320,7 +320,7 @@ class Hub:
         if repository not in self.repositories:
             raise huggingface_hub.errors.RepositoryNotFoundError(
                 f"404 for {repository}\nmore",
-                response=SimpleNamespace(headers={}, request=None),  # pyright: ignore
+                response=SimpleNamespace(headers={}, request=None),
             )
         return str(self.repositories[repository])
 
