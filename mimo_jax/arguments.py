@@ -45,6 +45,12 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of activations and caches (default: float32 on a CPU)"
     )
+    loading_arguments(group)
+    topology_arguments(parser)
+
+
+def loading_arguments(group: argparse._ArgumentGroup) -> None:
+    """How a checkpoint is read, where more than one way is right."""
     group.add_argument(
         "--storage",
         choices=("packed", "expanded"),
@@ -73,7 +79,6 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="restore the weights from there, or put them there for the next time if there are none",
     )
-    topology_arguments(parser)
 
 
 def topology_arguments(parser: argparse.ArgumentParser, size: int | None = 1) -> None:
@@ -88,6 +93,7 @@ def topology_arguments(parser: argparse.ArgumentParser, size: int | None = 1) ->
     group.add_argument(
         "--tensor-parallel-size",
         "--tp-size",
+        "--tp",
         type=positive,
         default=size,
         metavar="N",
@@ -96,6 +102,7 @@ def topology_arguments(parser: argparse.ArgumentParser, size: int | None = 1) ->
     group.add_argument(
         "--data-parallel-size",
         "--dp-size",
+        "--dp",
         type=positive,
         default=size,
         metavar="N",
@@ -127,7 +134,9 @@ def host_arguments(parser: argparse.ArgumentParser) -> None:
         "One process a node runs the same command, and process 0 prints. Where nothing is said, the variables of "
         "LeaderWorkerSet, an Indexed Job, Slurm and torchrun are asked, in this order.",
     )
-    group.add_argument("--dist-init-addr", metavar="HOST:PORT", help="process 0; the next port up is used, too")
+    group.add_argument(
+        "--dist-init-addr", "--nccl-init-addr", metavar="HOST:PORT", help="process 0; the next port up is used, too"
+    )
     group.add_argument("--nnodes", type=positive, metavar="N", help="how many processes; 1: this one alone")
     group.add_argument("--node-rank", type=int, metavar="I", help="this one's number, from 0")
     group.add_argument(

@@ -3,13 +3,16 @@
 import argparse
 import importlib
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from mimo_jax.arguments import host_arguments, hosts, model_arguments, positive, topology_arguments
+from mimo_jax.compilation_cache import keep_programs
 from mimo_jax.evaluation.arguments import add_bench, add_eval
+from mimo_jax.exit_status import exit_status
 from mimo_jax.training.arguments import add_train
 
 
@@ -21,38 +24,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for noisy in ("jax", "absl", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
+
+    def work() -> int:
         with hosts(arguments):
-            _compilation_cache()
+            keep_programs(jax.default_backend())
             module, function = arguments.handler.split(":")
             getattr(importlib.import_module(module), function)(arguments)
         return 0
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        if arguments.debug:
-            raise
-        expected = isinstance(error, ValueError | OSError | NotImplementedError | MemoryError)
-        print(f"error: {error}" if expected else f"internal error: {type(error).__name__}: {error}", file=sys.stderr)
-        if not expected:
-            print("This is a fault of mimo-jax; run again with --debug for the traceback.", file=sys.stderr)
-        return 2 if expected else 1
 
-
-def _compilation_cache() -> None:
-    """Keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where or it is empty.
-
-    Not on a CPU: XLA:CPU has crashed on reading its own executables back, and they take seconds to make anew.
-    """
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.default_backend() != "cpu":
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "mimo-jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    status = exit_status(work, arguments.debug)
+    if status == 1:
+        print("This is a fault of mimo-jax; run again with --debug for the traceback.", file=sys.stderr)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
