@@ -16,6 +16,7 @@ import numpy as np
 from mimo_jax.backbone_plan import plan_backbone
 from mimo_jax.checkpoint_plan import FLOATS, Claims, Summary
 from mimo_jax.config import BackboneConfig, DrafterConfig
+from mimo_jax.device_arrays import Outliner, Placer, Progress, Sharding, load_leaf
 from mimo_jax.drafter_plan import plan_drafter
 from mimo_jax.params import Declared, Params
 from mimo_jax.qkv_layout import QkvLayout
@@ -28,7 +29,7 @@ from mimo_jax.safetensors_reader import (
     name_some,
     shorten,
 )
-from mimo_jax.stored_weights import Leaf, Outliner, Placer, Progress, Sharding
+from mimo_jax.stored_weights import Leaf
 from mimo_jax.torch_sidecar import read_mask_embedding
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class _Checkpoint:
                 for key in leaf.path[:-1]:
                     node = node.setdefault(key, {})
                 dtype = np.dtype(shapes[leaf.path].dtype)
-                node[leaf.path[-1]] = leaf.load(dtype, leaf.path in packed, placer, axes[leaf.path])
+                node[leaf.path[-1]] = load_leaf(leaf, dtype, leaf.path in packed, placer, axes[leaf.path])
             for key, vector in self._vectors.items():
                 params[key] = placer.put(vector.astype(shapes[(key,)].dtype), axes[(key,)])
         return params

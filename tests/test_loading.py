@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from mimo_jax import stored_weights
+from mimo_jax import device_arrays
 from mimo_jax.cli import main
 from mimo_jax.model import LoadOptions, load_model
 from mimo_jax.presets import PRESETS, Preset
@@ -66,8 +66,8 @@ def test_any_pieces_give_the_same_parameters(tiny, monkeypatch, storage):
     topology = Topology(4, 2, 2, dp_attention=True, dp_lm_head=True)
     options = LoadOptions(storage=storage, topology=topology)
     whole = load_model(tiny, options).params
-    monkeypatch.setattr(stored_weights, "PIECE_BYTES", 50_000)
-    monkeypatch.setattr(stored_weights, "STRIP_BYTES", 9_000)
+    monkeypatch.setattr(device_arrays, "PIECE_BYTES", 50_000)
+    monkeypatch.setattr(device_arrays, "STRIP_BYTES", 9_000)
     pieces = load_model(tiny, options).params
     assert_same(vars(pieces), vars(whole))
     assert [x.sharding for x in jax.tree.leaves(pieces)] == [x.sharding for x in jax.tree.leaves(whole)]

@@ -11,12 +11,12 @@ import numpy as np
 
 from mimo_jax.checkpoint import BackboneCheckpoint, DrafterCheckpoint, default_readers
 from mimo_jax.config import BackboneConfig, DrafterConfig
+from mimo_jax.device_arrays import STRIP_BYTES
 from mimo_jax.evaluation.bench import Spread
 from mimo_jax.model import LoadOptions, find_drafter, load_model
 from mimo_jax.progress import Report
 from mimo_jax.safetensors_reader import StoredTensor
 from mimo_jax.snapshot import MANIFEST
-from mimo_jax.stored_weights import STRIP_BYTES
 
 
 @dataclass(frozen=True)
