@@ -10,7 +10,7 @@ TEST_WORKERS ?= 2
 PROMPT ?= What is the capital of France?
 ARGS ?=
 
-.PHONY: help setup demo test test-slow check check-gpu-compile nano format clean
+.PHONY: help setup demo test test-slow check check-gpu-compile nano protos format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,13 @@ check: $(STAMP) ## ruff (lint and format) and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The stubs stand beside their .proto, as the release of grpcio-tools in the development set writes them.
+PROTOS := serve/protos/mimo/serve/v1/generation.proto
+PROTOS_OUT ?= .
+
+protos: $(STAMP) ## write the gRPC stubs again from their .proto
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=$(PROTOS_OUT) --pyi_out=$(PROTOS_OUT) --grpc_python_out=$(PROTOS_OUT) $(PROTOS)
 
 format: $(STAMP) ## let ruff format and fix what it can
 	$(BIN)/ruff format .

@@ -219,7 +219,7 @@ class StopStrings:
             _, start, self.matched = min(found)
             self._held = ""
             return text[:start]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        keep = max((overlap(text, stop) for stop in self._stops), default=0)
         certain, self._held = text[: len(text) - keep], text[len(text) - keep :]
         return certain
 
@@ -229,9 +229,9 @@ class StopStrings:
         return rest
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop` without being all of it."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+def overlap(text: str, mark: str) -> int:
+    """Length of the longest end of `text` that begins `mark` without being all of it."""
+    return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)
 
 
 def _splitter(special: Mapping[int, tokenizers.AddedToken], source: str) -> re.Pattern[str]:

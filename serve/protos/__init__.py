@@ -1,0 +1,1 @@
+"""Protocols of the services and the stubs generated from them (`make protos`)."""
