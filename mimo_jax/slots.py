@@ -129,9 +129,7 @@ class Saving:
     """[rows] int32: where."""
 
 
-def empty_slots(
-    model: Model, slots: int, capacity: int, *, page_size: int, pages: int, snapshots: int, verify_length: int
-) -> Slots:
+def empty_slots(model: Model, slots: int, capacity: int, *, page_size: int, pages: int, snapshots: int) -> Slots:
     """Slots without requests, on the devices; numbers are those of all data-parallel groups together.
 
     Args:
@@ -141,16 +139,15 @@ def empty_slots(
         page_size: Positions a page holds.
         pages: Pages.
         snapshots: Snapshots; 0 for none.
-        verify_length: Rows a round may add.
     """
-    return model.made(partial(_build, model, slots, capacity, page_size, pages, snapshots, verify_length))
+    sizes = {"page_size": page_size, "pages": pages, "snapshots": snapshots}
+    return model.made(partial(build_slots, model, slots, capacity, **sizes))
 
 
-def _build(
-    model: Model, slots: int, capacity: int, page_size: int, pages: int, snapshots: int, verify_length: int
-) -> Slots:
+def build_slots(model: Model, slots: int, capacity: int, *, page_size: int, pages: int, snapshots: int) -> Slots:
+    """What `empty_slots` puts on the devices, to be traced."""
     config, drafter, dtype = model.config, model.drafter_config, model.dtype
-    block = drafter.block_size if drafter else verify_length
+    block = drafter.block_size if drafter else 1
 
     def rings(batch: int) -> tuple[BackboneCache, RingKV | None]:
         cache = backbone_cache(config, batch, capacity, block, dtype, page_size, pages=pages)
@@ -204,7 +201,9 @@ def save_rows(models: Models, params: ModelParams, slots: Slots, saving: Saving)
         return jax.tree.map(lambda s, r: _put(s, _take(r, saving.slots, 1), saving.saved, 1), saved, ring)
 
     state, saved = slots.state, slots.saved
-    rings = {kind: kept(ring, saved.kv[kind]) for kind, ring in _windowed(state.cache).items()}
+    rings: dict[AttentionKind, RingKV] = {
+        kind: kept(ring, saved.kv[kind]) for kind, ring in _windowed(state.cache).items()
+    }
     drafter = kept(state.ring, saved.drafter) if state.ring and saved.drafter else None
     return Slots(state, slots.requests, Rings(rings, drafter)), jnp.int32(0)
 

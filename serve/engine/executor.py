@@ -41,7 +41,6 @@ class Executor:
             page_size=sizes.page_size,
             pages=sizes.pages * sizes.groups,
             snapshots=sizes.snapshots * sizes.groups,
-            verify_length=sizes.verify_length,
         )
         self._programs: dict[Bucket, Callable] = {}
         self._alone = jax.process_count() == 1
