@@ -52,9 +52,9 @@ def plan_sizes(model: Model, options: ServerOptions) -> Sizes:
         pages = min(pages, options.max_total_tokens // size)
     if pages < columns and options.max_total_tokens is None:
         raise MemoryError(
-            f"{max(left, 0):,} bytes a device are left for pages and snapshots after weights and {slots} slots, and one "
-            f"request of {context:,} tokens needs {columns * page:,}; lower --context-length or --max-running-requests, "
-            "or raise --mem-fraction-static"
+            f"{max(left, 0):,} bytes a device are left for pages and snapshots after weights and {slots} slots, and "
+            f"one request of {context:,} tokens needs {columns * page:,}; lower --context-length or "
+            "--max-running-requests, or raise --mem-fraction-static"
         )
     small = min(SMALL_CHUNK, options.chunked_prefill_size)
     rows = min(slots, max(1, options.chunked_prefill_size // small), 4)

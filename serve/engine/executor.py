@@ -1,8 +1,10 @@
 """The devices' side of the engine: compiled programs around one value, `Slots`."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from serve.engine.scheduler import Sizes
 from serve.generation import MAX_TOP_LOGPROBS
 
 logger = logging.getLogger(__name__)
+
+_COMPILERS = 4
+"""Programs that are compiled at a time."""
 
 
 class Executor:
@@ -55,17 +60,27 @@ class Executor:
         if event == "/jax/core/compile/backend_compile_duration":
             self._on_compile(duration_secs)
 
-    def compile_all(self, progress: Callable[[int, int, float], None] = lambda *_: None) -> None:
+    def compile_all(
+        self,
+        progress: Callable[[int, int, float], None] = lambda *_: None,
+        run: Callable[[Command], Any] | None = None,
+    ) -> None:
         """Compile every program and run it once on nothing.
 
         Args:
             progress: Called with programs done, programs in all, and seconds so far.
+            run: Runs them, where this is not the only process.
         """
         buckets, begun = all_buckets(self.sizes), time.monotonic()
-        for i, bucket in enumerate(buckets):
-            progress(i, len(buckets), time.monotonic() - begun)
-            self.fetch(self.run(Command(bucket, self.builder.template(bucket))))
-        progress(len(buckets), len(buckets), time.monotonic() - begun)
+        templates = {bucket: self.builder.template(bucket) for bucket in buckets}
+        progress(0, len(buckets), 0.0)
+        with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1)) as pool:
+            done = [pool.submit(self._compiled, bucket, arguments) for bucket, arguments in templates.items()]
+            for i, _ in enumerate(as_completed(done)):
+                progress(i + 1, len(buckets), time.monotonic() - begun)
+        for bucket, program in zip(buckets, done, strict=True):
+            self._programs[bucket] = program.result()
+            self.fetch((run or self.run)(Command(bucket, templates[bucket])))
 
     def run(self, command: Command) -> Any:
         """Dispatch a program; gives its result, on the devices, without waiting for it."""

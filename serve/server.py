@@ -1,0 +1,143 @@
+"""The server's life: ports open, weights load, programs compile, requests are answered, until it is told to end."""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from smg_grpc_proto.generated.sglang_scheduler_pb2_grpc import add_SglangSchedulerServicer_to_server
+
+from serve.constraint import ConstraintCompiler
+from serve.engine.building import Built, build_engine, build_executor
+from serve.engine.followers import follow
+from serve.engine.late import LateEngine
+from serve.options import ServerOptions
+from serve.services import scheduler_service
+from serve.services.grpc_server import GrpcServer, Service
+from serve.services.scheduler_service import SchedulerService
+from serve.services.security import server_credentials
+from sharding.distributed import joined
+
+logger = logging.getLogger(__name__)
+
+_GRACE_SECONDS = 2.0
+"""For calls that are still open once every request is answered, such as health watches."""
+
+
+def run(options: ServerOptions) -> int:
+    """Serve until told to end, or follow the process that serves; the exit status."""
+    with _joined(options):
+        if options.process:
+            executor, _ = build_executor(options, logger.info)
+            follow(executor)
+            return 0
+        return asyncio.run(_Server(options).serve())
+
+
+@contextmanager
+def _joined(options: ServerOptions) -> Iterator[None]:
+    if options.group is None:
+        yield
+        return
+    logger.info("%s", options.group)
+    with joined(options.group, options.dist_timeout):
+        yield
+
+
+class _Server:
+    """One serving process."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.options = options
+        self.engine = LateEngine()
+        self._ending = asyncio.Event()
+        self._failure: BaseException | None = None
+
+    async def serve(self) -> int:
+        """All of it; the exit status."""
+        options = self.options
+        self._loop = loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+        building = asyncio.create_task(asyncio.to_thread(build_engine, options, self._say, self._failed))
+        ending = asyncio.create_task(self._ending.wait())
+        grpc: GrpcServer | None = None
+        try:
+            service = SchedulerService(
+                self.engine,
+                options.model,
+                options.tokenizer,
+                seed=options.random_seed,
+                stream_interval=options.stream_interval,
+                max_seconds=options.max_request_seconds,
+            )
+            grpc = self._grpc(service)
+            await grpc.start()
+            logger.info("gRPC on %s:%d; not ready yet", options.host, grpc.port)
+            await asyncio.wait({building, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not building.done():
+                logger.warning("told to end before the server was ready")
+                os._exit(0)  # a compiler cannot be interrupted
+            built: Built = building.result()
+            if options.grammar_backend != "none" and built.model.tokenizer is not None:
+                service.compiler = ConstraintCompiler(
+                    built.model.tokenizer, built.model.config.vocab_size, built.model.eos_ids
+                )
+            built.engine.start()
+            self.engine.arrive(built.engine)
+            logger.info("ready: %s on %s:%d", options.served_model_name, options.host, grpc.port)
+            await ending
+            if self._failure is None:
+                logger.info("draining, for at most %.0f s", options.drain_timeout)
+                if not await self.engine.drain(options.drain_timeout):
+                    logger.warning("some requests were not finished in time and were aborted")
+                if built.leading:
+                    built.leading.close()
+        finally:
+            if grpc is not None:
+                await grpc.stop(_GRACE_SECONDS)
+        if self._failure is not None:
+            raise RuntimeError("the engine failed") from self._failure
+        return 0
+
+    def _grpc(self, service: SchedulerService) -> GrpcServer:
+        options = self.options
+        credentials = None
+        if options.ssl_certfile and options.ssl_keyfile:
+            credentials = server_credentials(options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs)
+        services = [
+            Service(
+                scheduler_service.SERVICE_NAME,
+                add_SglangSchedulerServicer_to_server,
+                service,
+                scheduler_service.ADMIN_METHODS,
+            )
+        ]
+        return GrpcServer(
+            self.engine,
+            services,
+            f"{options.host}:{options.grpc_port}",
+            credentials=credentials,
+            api_key=options.api_key,
+            admin_key=options.admin_api_key,
+        )
+
+    def _say(self, what: str) -> None:
+        if what.split(":")[0] != self.engine.progress.split(":")[0]:
+            logger.info("%s", what)
+        self.engine.progress = what
+
+    def _failed(self, error: BaseException) -> None:
+        """The engine's thread died."""
+        self._failure = error
+        self.engine.fail()
+        self._loop.call_soon_threadsafe(self._ending.set)
+
+    def _signalled(self, number: int) -> None:
+        if self._ending.is_set():
+            logger.warning("%s again: ending now", signal.Signals(number).name)
+            os._exit(1)
+        logger.info("%s: ending once what is being answered is", signal.Signals(number).name)
+        self._ending.set()
