@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from grpc.aio import ServicerContext
 
 from mimo_jax.slots import MAX_LOGIT_BIASES, MAX_STOP_IDS
-from serve.generation import InvalidRequest
+from serve.generation import MAX_TOP_LOGPROBS, InvalidRequest
 
 MAX_MESSAGE_BYTES = 256 << 20
 MAX_SAMPLES = 128
@@ -31,6 +31,7 @@ def check_limits(
     stop_ids: Collection[int],
     logit_bias: Collection[int],
     grammar: str | None,
+    top_logprobs: int,
     eos_ids: Collection[int],
 ) -> None:
     """Raise `InvalidRequest`, with what was given and what may be, if a request asks for more than it may.
@@ -41,6 +42,7 @@ def check_limits(
         stop_ids: Stop tokens.
         logit_bias: Ids whose logits it changes.
         grammar: Of its constraint.
+        top_logprobs: With every token.
         eos_ids: The model's end-of-text tokens, which share the room of stop tokens.
     """
     stops = len({*stop_ids, *eos_ids})
@@ -51,6 +53,7 @@ def check_limits(
         (stops, MAX_STOP_IDS, "stop tokens, the model's own included"),
         (len(logit_bias), MAX_LOGIT_BIASES, "logit biases"),
         (len(grammar or ""), MAX_GRAMMAR, "characters of a grammar"),
+        (top_logprobs, MAX_TOP_LOGPROBS, "top log-probabilities"),
     ):
         if given > most:
             raise InvalidRequest(f"{given} {what} are more than the {most} that a request may have")

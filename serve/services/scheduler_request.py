@@ -61,6 +61,7 @@ def read_request(
         stop_ids=given.stop_token_ids,
         logit_bias=biases,
         grammar=grammar,
+        top_logprobs=message.top_logprobs_num,
         eos_ids=info.eos_ids,
     )
     room = info.context_length - len(prompt)
