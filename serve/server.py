@@ -13,6 +13,8 @@ from serve.constraint import ConstraintCompiler
 from serve.engine.building import Built, build_engine, build_executor
 from serve.engine.followers import follow
 from serve.engine.late import LateEngine
+from serve.http_sidecar import HttpSidecar
+from serve.metrics import Metrics
 from serve.options import ServerOptions
 from serve.services import scheduler_service
 from serve.services.grpc_server import GrpcServer, Service
@@ -61,7 +63,11 @@ class _Server:
         self._loop = loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
-        building = asyncio.create_task(asyncio.to_thread(build_engine, options, self._say, self._failed))
+        metrics = Metrics(
+            options.served_model_name, self.engine.load, options.verify_length - 1, prefix=options.metrics_prefix
+        )
+        sidecar = HttpSidecar(lambda: self.engine.status, metrics)
+        building = asyncio.create_task(asyncio.to_thread(build_engine, options, metrics, self._say, self._failed))
         ending = asyncio.create_task(self._ending.wait())
         grpc: GrpcServer | None = None
         try:
@@ -75,7 +81,8 @@ class _Server:
             )
             grpc = self._grpc(service)
             await grpc.start()
-            logger.info("gRPC on %s:%d; not ready yet", options.host, grpc.port)
+            http = await sidecar.start(options.host, options.http_port or (grpc.port + 1 if options.grpc_port else 0))
+            logger.info("gRPC on %s:%d, HTTP on port %d; not ready yet", options.host, grpc.port, http)
             await asyncio.wait({building, ending}, return_when=asyncio.FIRST_COMPLETED)
             if not building.done():
                 logger.warning("told to end before the server was ready")
@@ -87,6 +94,7 @@ class _Server:
                 )
             built.engine.start()
             self.engine.arrive(built.engine)
+            sidecar.attach(built.engine)
             logger.info("ready: %s on %s:%d", options.served_model_name, options.host, grpc.port)
             await ending
             if self._failure is None:
@@ -98,6 +106,7 @@ class _Server:
         finally:
             if grpc is not None:
                 await grpc.stop(_GRACE_SECONDS)
+            await sidecar.stop()
         if self._failure is not None:
             raise RuntimeError("the engine failed") from self._failure
         return 0

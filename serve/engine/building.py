@@ -24,7 +24,6 @@ class Built:
 
     engine: BatchingEngine
     model: Model
-    metrics: Metrics
     executor: Executor
     leading: LeadingExecutor | None
 
@@ -61,21 +60,21 @@ def build_executor(
     return Executor(model, sizes, options.context_length, on_compile), seconds
 
 
-def build_engine(options: ServerOptions, say: Callable[[str], None], failed: Callable[[BaseException], None]) -> Built:
+def build_engine(
+    options: ServerOptions,
+    metrics: Metrics,
+    say: Callable[[str], None],
+    failed: Callable[[BaseException], None],
+) -> Built:
     """Everything up to compiled programs; takes as long as it takes.
 
     Args:
         options: Of the server.
+        metrics: Of the engine.
         say: Told what is being done, for people.
         failed: See `BatchingEngine`.
     """
     begun, ready = time.monotonic(), [False]
-    metrics = Metrics(
-        options.served_model_name,
-        lambda: engine.load(),
-        options.verify_length - 1,
-        prefix=options.metrics_prefix,
-    )
 
     def compiled(seconds: float) -> None:
         metrics.compiled(seconds, ready[0])
@@ -117,4 +116,4 @@ def build_engine(options: ServerOptions, say: Callable[[str], None], failed: Cal
         executor.compile_all(progress, device.run)
     ready[0] = options.precompile
     metrics.started(time.monotonic() - begun)
-    return Built(engine, model, metrics, executor, leading)
+    return Built(engine, model, executor, leading)

@@ -1,0 +1,289 @@
+"""The server as a process: started by its command, called by a gateway and the clients people use, ended by signals."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import openai
+import pytest
+from smg_grpc_proto.generated import sglang_scheduler_pb2 as pb
+from smg_grpc_proto.generated.sglang_scheduler_pb2_grpc import SglangSchedulerStub
+
+from mimo_jax import Generator, SamplingParams
+
+pytestmark = pytest.mark.slow
+
+FAST = ("--max-running-requests", "4", "--context-length", "1024", "--chunked-prefill-size", "64")
+ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+
+
+class Server:
+    """A server process, and where it listens."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.log = folder / f"server-{time.monotonic_ns()}.log"
+        self.grpc_port = _free_port()
+        command = [sys.executable, "-m", "serve.launch_server", "--port", str(self.grpc_port), *FAST, *flags]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+
+    def wait_until(self, words: str, seconds: float = 300) -> None:
+        until = time.monotonic() + seconds
+        while words not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < until, self.log.read_text()
+            time.sleep(0.1)
+
+    def http(self, path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.grpc_port + 1}{path}") as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def metric(self, name: str) -> float:
+        _, text = self.http("/metrics")
+        return sum(float(v) for v in re.findall(rf"^mimo:{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
+
+    def stub(self, channel: grpc.aio.Channel) -> SglangSchedulerStub:
+        return SglangSchedulerStub(channel)
+
+
+def _free_port() -> int:
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as one:
+            port = one.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError), socket.create_server(("127.0.0.1", port + 1)):
+                return port
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    made = Server(tmp_path_factory.mktemp("server"))
+    made.wait_until("ready: nano")
+    yield made
+    made.process.kill()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server, tmp_path_factory) -> Iterator[openai.OpenAI]:
+    """OpenAI's client on the gateway on the server."""
+    port, log = _free_port(), tmp_path_factory.mktemp("gateway") / "gateway.log"
+    gateway = [str(Path(sys.executable).with_name("smg")), "launch", "--host", "127.0.0.1", "--port", str(port)]
+    gateway += ["--worker-urls", f"grpc://127.0.0.1:{server.grpc_port}", "--shutdown-grace-period-secs", "1"]
+    gateway += ["--reasoning-parser", "qwen3", "--tool-call-parser", "qwen_xml", "--disable-retries"]
+    gateway += ["--prometheus-port", str(_free_port())]
+    with log.open("w") as out:
+        process = subprocess.Popen(gateway, stdout=out, stderr=subprocess.STDOUT)
+    made = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    until = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(openai.OpenAIError):
+            if made.models.list().data:
+                break
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.2)
+    yield made
+    process.kill()
+
+
+QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def test_a_chat_is_answered_as_without_a_server(client):
+    answer = client.chat.completions.create(model="nano", messages=QUESTION, max_tokens=60, temperature=0)
+    offline = Generator.load().chat(QUESTION, SamplingParams(max_new_tokens=60))
+    assert answer.choices[0].message.content == re.sub("<think>.*</think>", "", offline.text, flags=re.DOTALL)
+    assert answer.choices[0].finish_reason == offline.finish_reason == "stop"
+    used = answer.usage.completion_tokens_details
+    assert used.accepted_prediction_tokens + used.rejected_prediction_tokens == 7 * offline.stats.rounds
+    pieces = client.chat.completions.create(model="nano", messages=QUESTION, max_tokens=60, temperature=0, stream=True)
+    streamed = "".join(p.choices[0].delta.content or "" for p in pieces if p.choices)
+    assert streamed == answer.choices[0].message.content
+
+
+def test_completions_with_samples_and_log_probabilities(client):
+    answer = client.completions.create(
+        model="nano", prompt="def add(a, b):", max_tokens=12, n=3, temperature=1.0, logprobs=2
+    )
+    assert len(answer.choices) == 3
+    assert answer.usage.completion_tokens <= 36
+    chat = client.chat.completions.create(
+        model="nano", messages=QUESTION, max_tokens=4, temperature=0, logprobs=True, top_logprobs=3
+    )
+    tokens = chat.choices[0].logprobs.content
+    assert all(t.logprob <= 0 and len(t.top_logprobs) == 3 for t in tokens)
+    assert all(t.top_logprobs[0].logprob == pytest.approx(t.logprob, abs=1e-4) for t in tokens)  # greedy
+
+
+def test_structured_output_keeps_to_its_schema(client):
+    schema = {
+        "type": "object",
+        "properties": {"age": {"type": "integer", "minimum": 0, "maximum": 99}, "kind": {"enum": ["cat", "dog"]}},
+        "required": ["age", "kind"],
+        "additionalProperties": False,
+    }
+    for temperature in (0, 1):
+        answer = client.chat.completions.create(
+            model="nano",
+            messages=[{"role": "user", "content": "Describe a pet."}],
+            max_tokens=300,
+            temperature=temperature,
+            response_format={"type": "json_schema", "json_schema": {"name": "pet", "schema": schema}},
+        )
+        if answer.choices[0].finish_reason == "stop":
+            pet = json.loads(answer.choices[0].message.content)
+            assert 0 <= pet["age"] <= 99
+            assert pet["kind"] in ("cat", "dog")
+
+
+def test_tools_that_must_be_called_are(client):
+    tool: Any = {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"enum": ["Paris", "Rome"]}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    answer = client.chat.completions.create(
+        model="nano", messages=QUESTION, max_tokens=300, temperature=0, tools=[tool], tool_choice="required"
+    )
+    calls = answer.choices[0].message.tool_calls
+    assert calls
+    assert calls[0].function.name == "weather"
+    assert json.loads(calls[0].function.arguments)["city"] in ("Paris", "Rome")
+
+
+def test_errors_are_the_clients_own(client):
+    with pytest.raises(openai.BadRequestError, match="context"):
+        client.chat.completions.create(model="nano", messages=QUESTION, max_tokens=10**6)
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="nano", prompt="x", max_tokens=4, temperature=0, extra_body={"regex": "("})
+
+
+async def test_a_mixed_crowd_leaves_nothing_behind_and_compiles_nothing(server):
+    """Two thousand requests: short, long, cancelled, constrained, sampled and bad."""
+    import random
+
+    rng = random.Random(0)
+    ends: dict[str, int] = {}
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        stub, gate = server.stub(channel), asyncio.Semaphore(24)
+
+        async def one(number: int) -> None:
+            kind = rng.choice(["short", "short", "short", "long", "cancelled", "constrained", "sampled", "bad"])
+            length = rng.choice([1, 5, 30]) if kind != "long" else 200
+            asked = pb.GenerateRequest(
+                request_id=f"soak-{number}",
+                tokenized=pb.TokenizedInput(input_ids=[rng.randrange(256) for _ in range(length)]),
+                sampling_params=pb.SamplingParams(
+                    max_new_tokens=rng.choice([1, 3, 12]) if kind != "long" else 60,
+                    temperature=1.0 if kind in ("sampled", "constrained") else 0.0,
+                    top_p=0.9,
+                    n=rng.choice([1, 1, 1, 2]),
+                ),
+                stream=rng.random() < 0.5,
+            )
+            if kind == "constrained":
+                asked.sampling_params.regex = "[a-z]{1,9}"
+            if kind == "bad":
+                asked.sampling_params.top_p = -1
+            if kind == "cancelled":
+                asked.sampling_params.max_new_tokens = 500
+                asked.stream = True
+            async with gate:
+                call = stub.Generate(asked)
+                try:
+                    async with asyncio.timeout(120):
+                        if kind == "cancelled":
+                            await asyncio.sleep(rng.random() * 0.1)
+                            call.cancel()
+                        last = None
+                        async for response in call:
+                            last = response
+                        end = last.complete.finish_reason if last else "nothing"
+                except grpc.aio.AioRpcError as error:
+                    end = error.code().name
+                except asyncio.CancelledError:
+                    assert kind == "cancelled"
+                    end = "CANCELLED"
+            ends[f"{kind}: {end}"] = ends.get(f"{kind}: {end}", 0) + 1
+
+        await asyncio.gather(*map(one, range(2000)))
+    assert sum(ends.values()) == 2000
+    assert all(e.split(": ")[1] in ("stop", "length") for e in ends if e.split(":")[0] not in ("bad", "cancelled")), (
+        ends
+    )
+    assert sum(n for e, n in ends.items() if e.startswith("bad")) == ends["bad: INVALID_ARGUMENT"]
+    until = time.monotonic() + 10
+    while server.metric("num_running_reqs") + server.metric("num_queue_reqs") and time.monotonic() < until:
+        await asyncio.sleep(0.1)
+    _, shown = server.http("/info")
+    load = json.loads(shown)["load"]
+    assert (load["running"], load["waiting"], load["used_tokens"]) == (0, 0, 0)
+    assert "compiled while serving" not in server.log.read_text()
+    assert server.http("/ready") == (200, "ready\n")
+
+
+def test_told_to_end_it_finishes_what_it_has(tmp_path):
+    server = Server(tmp_path)
+    assert server.http("/ready")[0] == 503 if _listening(server) else True
+    server.wait_until("ready: nano")
+
+    async def scenario() -> tuple[Any, str]:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+            stub = server.stub(channel)
+            asked = pb.GenerateRequest(
+                request_id="last",
+                tokenized=pb.TokenizedInput(input_ids=[70, 71, 72]),
+                sampling_params=pb.SamplingParams(max_new_tokens=900, ignore_eos=True),
+                stream=True,
+            )
+            call = aiter(stub.Generate(asked))
+            await anext(call)
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.3)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in stub.Generate(pb.GenerateRequest(request_id="late", tokenized=asked.tokenized)):
+                    pass
+            rest = [r async for r in call]
+            return rest[-1].complete, caught.value.code().name
+
+    complete, late = asyncio.run(scenario())
+    assert (complete.finish_reason, complete.completion_tokens) == ("length", 900)
+    assert late == "UNAVAILABLE"
+    assert server.process.wait(20) == 0
+
+
+def test_told_twice_it_ends_at_once(tmp_path):
+    server = Server(tmp_path)
+    server.wait_until("not ready yet")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(10) == 0
+
+
+def _listening(server: Server) -> bool:
+    try:
+        server.wait_until("not ready yet", 60)
+    except AssertionError:
+        return False
+    return True
