@@ -19,7 +19,7 @@ from serve.flags import parse
 from serve.options import ServerOptions
 from serve.resolution import ALLOCATOR_FRACTION, ALLOCATOR_VARIABLE, resolve
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("serve.launch_server")  # also where this file is the main module
 
 
 def main(argv: Sequence[str] | None = None, program: str = "python -m serve.launch_server", more: str = "") -> int:
