@@ -271,7 +271,19 @@ LIFE = (
         default="info",
         help="default: info; debug also shows tracebacks",
     ),
-    switch("--log-requests", help="log when a request comes and how it ends; never its text"),
+    honoured(
+        "--log-format",
+        "--log-requests-format",
+        choices=("text", "json"),
+        default="text",
+        help="of all lines; json: one object a line (default: text)",
+    ),
+    switch("--log-requests", help="log prompts and outputs, too; that a request came and how it ended always is"),
+    honoured(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="collector of OpenTelemetry spans by gRPC, such as http://localhost:4317 (default: no spans)",
+    ),
     honoured(
         "--metrics-prefix",
         choices=("mimo:", "sglang:"),
@@ -294,6 +306,7 @@ ANSWERED: tuple[Flag, ...] = (
     ignored("--trust-remote-code", why="no code comes from a checkpoint"),
     ignored("--smg-grpc-mode", "--grpc-mode", why="gRPC is what this server speaks"),
     ignored("--enable-metrics", why="metrics are always served"),
+    ignored("--enable-trace", why="spans are sent if --otlp-traces-endpoint says where"),
     ignored("--enable-cache-report", why="cached prompt tokens are always reported"),
     ignored("--enable-deterministic-inference", why="samples always depend on seed and position alone"),
     ignored("--speculative-use-rejection-sampling", why="verification is exact already"),
@@ -346,7 +359,6 @@ ANSWERED: tuple[Flag, ...] = (
     ignored(
         "--log-level-http",
         "--log-requests-level",
-        "--log-requests-format",
         "--log-requests-target",
         "--decode-log-interval",
         why="--log-level and --log-requests say what is logged",

@@ -14,12 +14,13 @@ from mimo_jax.checkpoint import BackboneCheckpoint, DrafterCheckpoint
 from mimo_jax.compilation_cache import keep_programs
 from mimo_jax.config import BackboneConfig, DrafterConfig
 from mimo_jax.exit_status import exit_status
+from serve import logs
 from serve.flag_kinds import FlagError
 from serve.flags import parse
 from serve.options import ServerOptions
 from serve.resolution import ALLOCATOR_FRACTION, ALLOCATOR_VARIABLE, resolve
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("serve.launch_server")  # also where this file is the main module
 
 
 def main(argv: Sequence[str] | None = None, program: str = "python -m serve.launch_server", more: str = "") -> int:
@@ -43,7 +44,11 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m serve.laun
 
 def _launch(arguments: argparse.Namespace) -> int:
     options = resolve(arguments, weights=not arguments.dry_run)
-    _log(options)
+    logs.configure(
+        level=getattr(logging, options.log_level.upper()),
+        json_lines=options.log_format == "json",
+        rank=options.process if options.group else None,
+    )
     for note in arguments.notes:
         logger.warning("%s", note)
     if arguments.dry_run:
@@ -56,16 +61,6 @@ def _launch(arguments: argparse.Namespace) -> int:
     os.environ.setdefault(ALLOCATOR_VARIABLE, str(ALLOCATOR_FRACTION))
     keep_programs(options.platform)
     return importlib.import_module("serve.server").run(options)
-
-
-def _log(options: ServerOptions) -> None:
-    """Log to standard error, with the process's number where there are several."""
-    who = f" [{options.process}]" if options.group else ""
-    logging.basicConfig(
-        level=options.log_level.upper(), format=f"%(asctime)s{who} %(levelname)s %(name)s: %(message)s", force=True
-    )
-    for noisy in ("jax", "absl", "filelock", "httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub"):
-        logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.root.level))
 
 
 def _checked(options: ServerOptions) -> str:

@@ -95,7 +95,11 @@ class ServerOptions:
     drain_timeout: float
     """Seconds that requests have to finish once the server is told to end."""
     log_level: str
+    log_format: Literal["text", "json"]
     log_requests: bool
+    """Whether prompts and outputs are logged, too."""
+    otlp_traces_endpoint: str | None
+    """Of a collector of spans; None: there are none."""
     metrics_prefix: Literal["mimo:", "sglang:"]
 
     @property

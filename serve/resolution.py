@@ -120,7 +120,9 @@ def resolve(
         max_request_seconds=arguments.max_request_seconds,
         drain_timeout=arguments.drain_timeout,
         log_level=arguments.log_level,
+        log_format=arguments.log_format,
         log_requests=arguments.log_requests,
+        otlp_traces_endpoint=_collector(arguments.otlp_traces_endpoint),
         metrics_prefix=arguments.metrics_prefix,
     )
 
@@ -317,3 +319,13 @@ def _key(flag: str, key: str | None) -> str | None:
     if key is not None and not re.fullmatch(r"[!-~]+", key):
         raise FlagError(f"{flag} must be printable ASCII without spaces, and not empty")  # as gRPC metadata may be
     return key
+
+
+def _collector(endpoint: str | None) -> str | None:
+    """A collector's URL; without http or https it is plain, as SGLang has it."""
+    if endpoint is None:
+        return None
+    url = endpoint if "://" in endpoint else f"http://{endpoint}"
+    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
+        raise FlagError(f"--otlp-traces-endpoint must be such as http://localhost:4317, not {endpoint!r}")
+    return url

@@ -48,6 +48,7 @@ def _restored_logging():
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
+    logging.captureWarnings(False)
     root.handlers[:] = handlers
     root.setLevel(level)
 
@@ -101,7 +102,7 @@ def test_the_release_card_resolves_on_every_rank(models, monkeypatch, capsys, ra
     assert {name: resolved.get(name) for name in expected} == expected
     assert "--trust-remote-code has no effect" in err
     assert "--attention-backend has no effect" in err
-    assert f"[{rank}] WARNING" in err
+    assert f"WARNING [rank {rank}]" in err
     assert "configurations alone were checked" in err
 
 
@@ -194,6 +195,20 @@ def test_ports(words, ports):
     assert (resolved.grpc_port, resolved.http_port) == ports
 
 
+@pytest.mark.parametrize(
+    ("said", "url"),
+    [("localhost:4317", "http://localhost:4317"), ("https://collector:4317/x", "https://collector:4317/x")],
+)
+def test_collectors_of_spans(said, url):
+    assert options("--otlp-traces-endpoint", said).otlp_traces_endpoint == url
+
+
+def test_lines_can_be_for_machines(capsys):
+    status, _, err = dry_run(capsys, "--log-format", "json", "--trust-remote-code")
+    assert status == 0
+    assert any("--trust-remote-code" in json.loads(line)["message"] for line in err.splitlines())
+
+
 @pytest.mark.parametrize("said", ["fp8", "mxfp4", "auto"])
 def test_quantization_that_the_checkpoint_has(models, said):
     options("--model", models / PRO, "--quantization", said)
@@ -247,6 +262,7 @@ BAD = [
     ("--tp 2 --nnodes 3 --node-rank 0 --dist-init-addr h:1", "does not divide by 3"),
     ("--tp 2 --nnodes 2 --node-rank 0 --dist-init-addr h:30000", "processes meet at 30000 and 30001"),
     ("--tp 2 --nnodes 2 --node-rank 2 --dist-init-addr h:1", "numbers go from 0 to 1"),
+    ("--otlp-traces-endpoint ftp://collector", "must be such as http://localhost:4317"),
     ("--tp 2 --nnodes 2", "without --dist-init-addr and --node-rank"),
     ("--tp 3", "8 heads of full attention cannot be cut into 3 equal parts"),
     ("--tp 4 --ep 3", "expert_parallel 3 is no part of a mesh"),
