@@ -1,43 +1,47 @@
 """What probes, Prometheus and people ask over HTTP, beside the gRPC port: no request is ever served here."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Set
 from dataclasses import asdict
 from typing import Any
 
 from aiohttp import web
 
-from serve.generation import Engine, Status
+from serve.generation import Engine, NotServing, Status
 from serve.metrics import CONTENT_TYPE, Metrics
 
 _ALIVE = frozenset({Status.STARTING, Status.READY, Status.DRAINING})
+_READY = frozenset({Status.READY})
 
 
 class HttpSidecar:
-    """An HTTP server in the event loop of the services.
+    """An HTTP server in the event loop of the services, from before the engine is there.
 
     `/live`: 200 while the process is worth keeping, which starting and draining ones are, and stalled or failed ones
     are not. `/ready` and `/health`: 200 while requests are taken. Both look at the engine's status and generate
     nothing. `/metrics`: for Prometheus. `/info`: what is served and how busy it is, as JSON.
 
     Args:
-        status: Where the server's life stands; asked at every probe.
-        metrics: What `/metrics` shows; without it there is no such page.
+        engine: Asked at every look; one that is still being made raises `NotServing` where it does not know.
     """
 
-    def __init__(self, status: Callable[[], Status], metrics: Metrics | None = None) -> None:
-        self._status, self._metrics = status, metrics
-        self._engine: Engine | None = None
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._metrics: Metrics | None = None
         app = web.Application()
-        pages = {"/live": self._live, "/ready": self._ready, "/health": self._ready, "/info": self._info}
-        if metrics is not None:
-            pages["/metrics"] = self._text
+        pages = {
+            "/live": self._live,
+            "/ready": self._ready,
+            "/health": self._ready,
+            "/metrics": self._text,
+            "/info": self._info,
+        }
         app.router.add_routes([web.get(path, page) for path, page in pages.items()])
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
 
-    def attach(self, engine: Engine) -> None:
-        """Show this engine under `/info`. The sidecar runs before there is one: loading takes minutes."""
-        self._engine = engine
+    def show(self, metrics: Metrics) -> None:
+        """From now on, `/metrics` shows these; before, it says that there are none yet."""
+        self._metrics = metrics
 
     async def start(self, host: str, port: int) -> int:
         """Listen; gives the port, which the system chooses for 0.
@@ -61,20 +65,24 @@ class HttpSidecar:
         await self._runner.cleanup()
 
     async def _live(self, request: web.Request) -> web.Response:
-        return self._answer(self._status(), _ALIVE)
+        return self._answer(_ALIVE)
 
     async def _ready(self, request: web.Request) -> web.Response:
-        return self._answer(self._status(), {Status.READY})
+        return self._answer(_READY)
 
-    def _answer(self, status: Status, good: frozenset[Status] | set[Status]) -> web.Response:
+    def _answer(self, good: Set[Status]) -> web.Response:
+        status = self._engine.status
         return web.Response(text=f"{status.value}\n", status=200 if status in good else 503)
 
     async def _text(self, request: web.Request) -> web.Response:
-        assert self._metrics is not None
+        if self._metrics is None:
+            return web.Response(text="no metrics yet: the server is starting\n", status=503)
         return web.Response(body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _info(self, request: web.Request) -> web.Response:
-        shown: dict[str, Any] = {"status": self._status().value}
-        if self._engine is not None:
+        shown: dict[str, Any] = {"status": self._engine.status.value}
+        try:
             shown |= {"info": asdict(self._engine.info), "load": asdict(self._engine.load())}
+        except NotServing as error:
+            shown["message"] = str(error)
         return web.json_response(shown, dumps=lambda value: json.dumps(value, indent=2, default=str) + "\n")

@@ -93,8 +93,8 @@ class Metrics(Collector):
         self._ttft.add(seconds)
 
     def inter_token(self, seconds: float, tokens: int) -> None:
-        """A sample got so many tokens, so long after the ones before: each counts as its share of that time."""
-        self._itl.add(seconds / tokens, tokens)
+        """A sample got so many tokens; `seconds` is each one's share of the time since the ones before."""
+        self._itl.add(seconds, tokens)
 
     def finished(self, reason: str, usage: Usage, queue_seconds: float, seconds: float) -> None:
         """A sample ended: time until its prefill began, and all of it."""

@@ -52,7 +52,7 @@ def served(**more):
     metrics.first_token(0.3)
     metrics.step("decode", 0.012, 8, 24)
     metrics.round(7, 3, 4)
-    metrics.inter_token(0.04, 4)
+    metrics.inter_token(0.01, 4)
     metrics.round(7, 0, 1)
     metrics.inter_token(0.03, 1)
     metrics.finished("stop", Usage(100, 64, 6, 2, 14, 3), 0.01, 0.4)
