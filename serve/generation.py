@@ -159,6 +159,11 @@ class Status(Enum):
     FAILED = "failed"
     STOPPED = "stopped"
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process is worth keeping."""
+        return self in (Status.STARTING, Status.READY, Status.DRAINING)
+
 
 @dataclass(frozen=True)
 class Load:

@@ -1,7 +1,6 @@
 """What probes, Prometheus and people ask over HTTP, beside the gRPC port: no request is ever served here."""
 
 import json
-from collections.abc import Set
 from dataclasses import asdict
 from typing import Any
 
@@ -9,9 +8,6 @@ from aiohttp import web
 
 from serve.generation import Engine, NotServing, Status
 from serve.metrics import CONTENT_TYPE, Metrics
-
-_ALIVE = frozenset({Status.STARTING, Status.READY, Status.DRAINING})
-_READY = frozenset({Status.READY})
 
 
 class HttpSidecar:
@@ -65,14 +61,13 @@ class HttpSidecar:
         await self._runner.cleanup()
 
     async def _live(self, request: web.Request) -> web.Response:
-        return self._answer(_ALIVE)
+        return self._answer(self._engine.status.alive)
 
     async def _ready(self, request: web.Request) -> web.Response:
-        return self._answer(_READY)
+        return self._answer(self._engine.status is Status.READY)
 
-    def _answer(self, good: Set[Status]) -> web.Response:
-        status = self._engine.status
-        return web.Response(text=f"{status.value}\n", status=200 if status in good else 503)
+    def _answer(self, good: bool) -> web.Response:
+        return web.Response(text=f"{self._engine.status.value}\n", status=200 if good else 503)
 
     async def _text(self, request: web.Request) -> web.Response:
         if self._metrics is None:

@@ -14,12 +14,14 @@ from serve.engine.building import Built, build_engine, build_executor
 from serve.engine.followers import follow
 from serve.engine.late import LateEngine
 from serve.http_sidecar import HttpSidecar
+from serve.logs import RequestLog
 from serve.metrics import Metrics
 from serve.options import ServerOptions
 from serve.services import scheduler_service
 from serve.services.grpc_server import GrpcServer, Service
 from serve.services.scheduler_service import SchedulerService
 from serve.services.security import server_credentials
+from serve.tracing import Tracer
 from sharding.distributed import joined
 
 logger = logging.getLogger(__name__)
@@ -66,10 +68,13 @@ class _Server:
         metrics = Metrics(
             options.served_model_name, self.engine.load, options.verify_length - 1, prefix=options.metrics_prefix
         )
-        sidecar = HttpSidecar(lambda: self.engine.status, metrics)
+        sidecar = HttpSidecar(self.engine)
+        sidecar.show(metrics)
         building = asyncio.create_task(asyncio.to_thread(build_engine, options, metrics, self._say, self._failed))
         ending = asyncio.create_task(self._ending.wait())
         grpc: GrpcServer | None = None
+        endpoint = options.otlp_traces_endpoint
+        tracer = Tracer(endpoint, options.served_model_name) if endpoint else None
         try:
             service = SchedulerService(
                 self.engine,
@@ -78,6 +83,8 @@ class _Server:
                 seed=options.random_seed,
                 stream_interval=options.stream_interval,
                 max_seconds=options.max_request_seconds,
+                log=RequestLog(options.log_requests),
+                tracer=tracer,
             )
             grpc = self._grpc(service)
             await grpc.start()
@@ -94,7 +101,6 @@ class _Server:
                 )
             built.engine.start()
             self.engine.arrive(built.engine)
-            sidecar.attach(built.engine)
             logger.info("ready: %s on %s:%d", options.served_model_name, options.host, grpc.port)
             await ending
             if self._failure is None:
@@ -107,6 +113,8 @@ class _Server:
             if grpc is not None:
                 await grpc.stop(_GRACE_SECONDS)
             await sidecar.stop()
+            if tracer is not None:
+                tracer.shutdown()
         if self._failure is not None:
             raise RuntimeError("the engine failed") from self._failure
         return 0

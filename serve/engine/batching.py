@@ -318,6 +318,8 @@ class BatchingEngine:
             sequence = admission.sequence
             if not sequence.admitted_at:
                 sequence.admitted_at = time.monotonic()
+                if sequence.request.trace is not None and not sequence.index:
+                    sequence.request.trace.prefilling()
             run(build.admit(admission))
         if step.constrained:
             command, of = build.decode(step.constrained, "draft")
@@ -408,6 +410,8 @@ class BatchingEngine:
                 self._metrics.round(drafted, accepted, kept)
             if first:
                 self._metrics.first_token(now - sequence.queued_at)
+                if sequence.request.trace is not None and not sequence.index:
+                    sequence.request.trace.first_token()
             else:
                 self._metrics.inter_token((now - sequence.last_token_at) / len(tokens), len(tokens))
             sequence.last_token_at = now
@@ -441,7 +445,10 @@ class BatchingEngine:
         usage = sequence.usage()
         queued = (sequence.admitted_at or now) - sequence.queued_at
         self._metrics.finished(reason, usage, queued, now - sequence.queued_at)
-        self._emit(sequence, Finished(sequence.index, reason, usage, matched, message))
+        end = Finished(sequence.index, reason, usage, matched, message)
+        if sequence.request.trace is not None:
+            sequence.request.trace.finished(end)
+        self._emit(sequence, end)
         if all(s.stage is Stage.FINISHED for s in self._live[request_id].sequences):
             del self._live[request_id]
 

@@ -12,7 +12,6 @@ from grpc_health.v1.health_pb2_grpc import HealthServicer
 from serve.generation import Engine, Status
 
 _POLL_SECONDS = 0.1
-_ALIVE = frozenset(Status) - {Status.FAILED}
 
 
 class HealthService(HealthServicer):
@@ -31,7 +30,7 @@ class HealthService(HealthServicer):
         if service and service not in self._services:
             return pb.HealthCheckResponse.SERVICE_UNKNOWN
         status = self._engine.status
-        fine = status is Status.READY if service else status in _ALIVE
+        fine = status is Status.READY if service else status.alive
         return pb.HealthCheckResponse.SERVING if fine else pb.HealthCheckResponse.NOT_SERVING
 
     async def Check(self, request: pb.HealthCheckRequest, context: ServicerContext) -> pb.HealthCheckResponse:

@@ -6,8 +6,8 @@ import io
 import time
 import zipfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +21,11 @@ from smg_grpc_proto.generated import sglang_scheduler_pb2 as pb
 from smg_grpc_proto.generated.sglang_scheduler_pb2_grpc import SglangSchedulerServicer
 
 from serve.generation import Engine, Finished, RoundTokens, Status, TokenLogprobs
+from serve.logs import RequestLog
 from serve.services.limits import deadline
 from serve.services.scheduler_request import Compiler, read_request
 from serve.services.status import statuses
+from serve.tracing import Tracer
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["SglangScheduler"].full_name
 ADMIN_METHODS = frozenset(f"/{SERVICE_NAME}/{name}" for name in ("FlushCache", "StartProfile", "StopProfile"))
@@ -62,6 +64,8 @@ class SchedulerService(SglangSchedulerServicer):
         seed: Of the server.
         stream_interval: Tokens that a message has at least, but for a sample's last.
         max_seconds: A request may take; None: as long as it likes.
+        log: Told of requests; None: nobody is.
+        tracer: Follows requests; None: nobody does.
     """
 
     def __init__(
@@ -74,10 +78,12 @@ class SchedulerService(SglangSchedulerServicer):
         seed: int = 0,
         stream_interval: int = 1,
         max_seconds: float | None = None,
+        log: RequestLog | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._engine, self._model, self._tokenizer = engine, model, tokenizer
         self.compiler, self._seed, self._max_seconds = compiler, seed, max_seconds
-        self._interval = stream_interval
+        self._interval, self._log, self._tracer = stream_interval, log, tracer
         self._started = time.time()
         self._last_request = 0.0
 
@@ -85,11 +91,15 @@ class SchedulerService(SglangSchedulerServicer):
         """Answer a prompt: deltas as they come, and a last message with everything for every sample."""
         self._last_request = time.time()
         samples: dict[int, _Sample] = {}
-        async with statuses(context):
+        begun = time.monotonic()
+        async with statuses(context), self._traced(request, context) as trace:
             until = deadline(context, self._max_seconds)
             asked = await asyncio.to_thread(read_request, request, self._engine.info, self.compiler, self._seed, until)
+            asked = replace(asked, trace=trace)
             interval = request.sampling_params.stream_interval or self._interval
             async with aclosing(self._engine.submit(asked)) as events:  # pyright: ignore[reportArgumentType]
+                if self._log:
+                    self._log.received(asked, request.tokenized.original_text or None)
                 async for event in events:
                     sample = samples.setdefault(event.index, _Sample())
                     if isinstance(event, RoundTokens):
@@ -98,6 +108,8 @@ class SchedulerService(SglangSchedulerServicer):
                         if request.stream and len(sample.ids) - sample.sent >= interval:
                             yield self._chunk(request, event.index, sample)
                         continue
+                    if self._log:
+                        self._log.finished(asked.request_id, event, time.monotonic() - begun, sample.ids)
                     if event.reason == "deadline":
                         raise TimeoutError("the request took longer than it may")
                     if request.stream and len(sample.ids) > sample.sent:
@@ -201,6 +213,21 @@ class SchedulerService(SglangSchedulerServicer):
             last = start + _CHUNK >= len(data)
             digest = hashlib.sha256(data).hexdigest() if last else ""
             yield common_pb2.GetTokenizerChunk(data=data[start : start + _CHUNK], sha256=digest)
+
+    @asynccontextmanager
+    async def _traced(self, request: pb.GenerateRequest, context: ServicerContext) -> AsyncIterator[Any]:
+        """The trace of a request, if somebody wants one; closed at the end, with the error if there was one."""
+        if self._tracer is None:
+            yield None
+            return
+        metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
+        trace = self._tracer.request(request.request_id, len(request.tokenized.input_ids), metadata)
+        try:
+            yield trace
+        except BaseException as error:
+            trace.close(str(error) or type(error).__name__)
+            raise
+        trace.close()
 
     def _chunk(self, request: pb.GenerateRequest, index: int, sample: _Sample) -> pb.GenerateResponse:
         new, sample.sent = slice(sample.sent, None), len(sample.ids)

@@ -27,7 +27,7 @@ from mimo_jax import Generator, SamplingParams
 pytestmark = pytest.mark.slow
 
 FAST = ("--max-running-requests", "4", "--context-length", "1024", "--chunked-prefill-size", "64")
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}  # compiled well: it runs for long
 
 
 class Server:
@@ -196,7 +196,7 @@ async def test_a_mixed_crowd_leaves_nothing_behind_and_compiles_nothing(server):
                 request_id=f"soak-{number}",
                 tokenized=pb.TokenizedInput(input_ids=[rng.randrange(256) for _ in range(length)]),
                 sampling_params=pb.SamplingParams(
-                    max_new_tokens=rng.choice([1, 3, 12]) if kind != "long" else 60,
+                    max_new_tokens=rng.choice([1, 2, 6]) if kind != "long" else 24,
                     temperature=1.0 if kind in ("sampled", "constrained") else 0.0,
                     top_p=0.9,
                     n=rng.choice([1, 1, 1, 2]),
@@ -204,7 +204,7 @@ async def test_a_mixed_crowd_leaves_nothing_behind_and_compiles_nothing(server):
                 stream=rng.random() < 0.5,
             )
             if kind == "constrained":
-                asked.sampling_params.regex = "[a-z]{1,9}"
+                asked.sampling_params.regex = "[a-z]{1,5}"
             if kind == "bad":
                 asked.sampling_params.top_p = -1
             if kind == "cancelled":
