@@ -14,7 +14,9 @@ from mimo_jax.tokenizer import Tokenizer
 from serve.generation import Engine, Event, Finished, GenerationRequest, RoundTokens, TokenLogprobs, Usage
 from serve.protos.mimo.serve.v1 import generation_pb2 as pb
 from serve.services.limits import deadline
-from serve.services.text_request import ConstraintCompiler, Prompt, read_request
+from serve.services.scheduler_request import Compiler
+from serve.services.seeds import derived_seed
+from serve.services.text_request import Prompt, read_request
 from serve.text.answer import Answer
 from serve.text.tool_calls import ToolCall
 
@@ -31,22 +33,25 @@ class Answering:
     Args:
         engine: Answers in tokens.
         tokenizer: Of its model.
-        compiler: Makes constraints; without one they are refused.
-        defaults: What requests are decoded with where they say nothing; its length and seed are not used.
-        max_seconds: After which a request is over.
+        compiler: Makes constraints; None: there can be none.
+        defaults: What requests are decoded with where they say nothing.
+        seed: Of the server, for requests that bring none.
+        max_seconds: A request may take; None: as long as it likes.
     """
 
     def __init__(
         self,
         engine: Engine,
         tokenizer: Tokenizer,
-        compiler: ConstraintCompiler | None = None,
+        *,
+        compiler: Compiler | None = None,
         defaults: SamplingParams | None = None,
+        seed: int = 0,
         max_seconds: float | None = None,
     ) -> None:
         self.engine, self.tokenizer, self.compiler = engine, tokenizer, compiler
         self.defaults = defaults or SamplingParams()
-        self._max_seconds = max_seconds
+        self._seed, self._max_seconds = seed, max_seconds
 
     async def answer(
         self, message: pb.GenerateRequest, context: ServicerContext
@@ -60,17 +65,18 @@ class Answering:
         """
         until = deadline(context, self._max_seconds)
         request_id = message.request_id or uuid.uuid4().hex
+        defaults = replace(self.defaults, seed=derived_seed(self._seed, request_id))
         request, prompt = await asyncio.to_thread(
-            read_request, message, request_id, self.tokenizer, self.engine.info, self.defaults, self.compiler
+            read_request, message, request_id, self.tokenizer, self.engine.info, defaults, self.compiler, until
         )
         samples = [_Sample(self.tokenizer, request, prompt, index) for index in range(request.n)]
-        events = self.engine.submit(replace(request, deadline=until))
+        events = self.engine.submit(request)
         async with aclosing(cast(AsyncGenerator[Event, None], events)):
             async for event in events:
                 if isinstance(event, RoundTokens):
                     yield samples[event.index].round(event)
                 elif event.reason == "deadline":
-                    raise TimeoutError("the request was not finished before its deadline")
+                    raise TimeoutError("the request took longer than it may")
                 else:
                     yield samples[event.index].finished(event)
 

@@ -1,36 +1,27 @@
 """From a message of our own protocol to a request of the engine."""
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from mimo_jax.chat_template import ChatTemplateError
 from mimo_jax.request import SamplingParams, check_requests
 from mimo_jax.tokenizer import Tokenizer
 from serve.generation import (
-    MAX_TOP_LOGPROBS,
-    Constraint,
     EngineInfo,
     GenerationRequest,
     InvalidRequest,
     Unsupported,
 )
 from serve.protos.mimo.serve.v1 import generation_pb2 as pb
-from serve.services.limits import MAX_SAMPLES
+from serve.services.limits import check_limits
+from serve.services.scheduler_request import Compiler
 from serve.text.reasoning import OPEN, Thinking, thinking_of_prompt
 from serve.text.thinking_constraint import AfterThinking
 
 CONSTRAINTS = ("json_schema", "regex", "lark", "choices")
-
-
-class ConstraintCompiler(Protocol):
-    """Makes constraints from what clients write."""
-
-    def compile(self, kind: str, text: str) -> Constraint:
-        """A constraint of one of the kinds in `CONSTRAINTS`; choices come as a JSON list. Raises `InvalidRequest`."""
-        ...
+"""Fields of a request that ask for a constraint, and what compilers call their kinds."""
 
 
 @dataclass(frozen=True)
@@ -50,34 +41,51 @@ def read_request(
     tokenizer: Tokenizer,
     info: EngineInfo,
     defaults: SamplingParams,
-    compiler: ConstraintCompiler | None,
+    compiler: Compiler | None,
+    deadline: float | None,
 ) -> tuple[GenerationRequest, Prompt]:
-    """A request for the engine, without its deadline. Takes a while: rendering, tokenising, compiling.
+    """The engine's request, and its prompt. Takes a while: rendering, tokenising, compiling.
+
+    Args:
+        message: As it came.
+        request_id: Of the request.
+        tokenizer: Of the model.
+        info: Of the engine.
+        defaults: Used where the message says nothing, but for the length, which is then what the context has room for.
+        compiler: Makes constraints; None: there can be none.
+        deadline: See `GenerationRequest`.
 
     Raises:
-        Refused: It cannot be served.
+        Refused: It asks for what cannot be, or what this server does not do.
     """
+    n = message.n if message.HasField("n") else 1
+    grammar = _grammar(message)
+    check_limits(
+        samples=n,
+        stop=message.sampling.stop,
+        stop_ids=message.sampling.stop_token_ids,
+        logit_bias=message.sampling.logit_bias,
+        grammar=grammar,
+        top_logprobs=message.top_logprobs,
+        eos_ids=info.eos_ids,
+    )
+    if message.top_logprobs and not message.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs: set both")
     prompt = _prompt(message, tokenizer)
-    sampling = _sampling(message.sampling, defaults, request_id, info.context_length - len(prompt.ids))
+    sampling = _sampling(message.sampling, defaults, info.context_length - len(prompt.ids))
     try:
         check_requests([prompt.ids], [sampling], info.vocab_size, info.context_length)
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
-    n = message.n if message.HasField("n") else 1
-    if not 1 <= n <= MAX_SAMPLES:
-        raise InvalidRequest(f"n must be from 1 to {MAX_SAMPLES}, not {n}")
-    if message.top_logprobs > MAX_TOP_LOGPROBS:
-        raise InvalidRequest(f"top_logprobs must be at most {MAX_TOP_LOGPROBS}, not {message.top_logprobs}")
-    if message.top_logprobs and not message.logprobs:
-        raise InvalidRequest("top_logprobs needs logprobs: set both")
+    constraint = None
+    if grammar is not None:
+        if compiler is None:
+            raise Unsupported("this server does not constrain its output (--grammar-backend none)")
+        constraint = compiler.compile(message.WhichOneof("constraint"), grammar)
+        if prompt.thinking not in (None, Thinking.AFTER) and tokenizer.token_id(OPEN) is not None:
+            constraint = AfterThinking(constraint, prompt.thinking, tokenizer, info.eos_ids)
     request = GenerationRequest(
-        request_id,
-        prompt.ids,
-        sampling,
-        n,
-        message.logprobs,
-        message.top_logprobs,
-        _constraint(message, prompt, tokenizer, info, compiler),
+        request_id, prompt.ids, sampling, n, message.logprobs, message.top_logprobs, constraint, deadline
     )
     return request, prompt
 
@@ -95,6 +103,14 @@ def read_chat(chat: pb.Chat, tokenizer: Tokenizer) -> list[int]:
         return tokenizer.encode_chat([_turn(message) for message in chat.messages], tools, thinking)
     except ChatTemplateError as error:
         raise InvalidRequest(str(error)) from error
+
+
+def _grammar(message: pb.GenerateRequest) -> str | None:
+    """The text of the constraint that is asked for."""
+    kind = message.WhichOneof("constraint")
+    if kind == "choices":
+        return json.dumps(list(message.choices.choices))
+    return getattr(message, kind) if kind else None
 
 
 def _prompt(message: pb.GenerateRequest, tokenizer: Tokenizer) -> Prompt:
@@ -148,8 +164,8 @@ def _parameters(tool: pb.Tool) -> dict[str, Any]:
 _SCALARS = [field.name for field in pb.Sampling.DESCRIPTOR.fields if field.has_presence]
 
 
-def _sampling(given: pb.Sampling, defaults: SamplingParams, request_id: str, room: int) -> SamplingParams:
-    settings: dict[str, Any] = {"max_new_tokens": max(1, room), "seed": zlib.crc32(request_id.encode())}
+def _sampling(given: pb.Sampling, defaults: SamplingParams, room: int) -> SamplingParams:
+    settings: dict[str, Any] = {"max_new_tokens": max(1, room)}
     settings |= {name: getattr(given, name) for name in _SCALARS if given.HasField(name)}
     if given.logit_bias:
         settings["logit_bias"] = dict(given.logit_bias)
@@ -163,22 +179,3 @@ def _sampling(given: pb.Sampling, defaults: SamplingParams, request_id: str, roo
         return replace(defaults, **settings)
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
-
-
-def _constraint(
-    message: pb.GenerateRequest,
-    prompt: Prompt,
-    tokenizer: Tokenizer,
-    info: EngineInfo,
-    compiler: ConstraintCompiler | None,
-) -> Constraint | None:
-    kind = message.WhichOneof("constraint")
-    if kind is None:
-        return None
-    if compiler is None:
-        raise Unsupported("this server takes no constraints on the output")
-    text = json.dumps(list(message.choices.choices)) if kind == "choices" else getattr(message, kind)
-    constraint = compiler.compile(kind, text)
-    if prompt.thinking in (None, Thinking.AFTER) or tokenizer.token_id(OPEN) is None:
-        return constraint
-    return AfterThinking(constraint, prompt.thinking, tokenizer, info.eos_ids)

@@ -81,30 +81,8 @@ class TextService(GenerationServicer):
         self, request: pb.GetServerInfoRequest, context: ServicerContext
     ) -> pb.GetServerInfoResponse:
         """What is served, how, and what it can do."""
-        info, answering = self._engine.info, self._answering
-        capabilities = pb.Capabilities(
-            constraints=CONSTRAINTS if answering.compiler else (),
-            max_n=MAX_SAMPLES,
-            max_top_logprobs=MAX_TOP_LOGPROBS,
-            reasoning=answering.tokenizer.token_id(THINK) is not None,
-            tools=answering.tokenizer.token_id(TOOL_CALL) is not None,
-        )
-        return pb.GetServerInfoResponse(
-            model=info.model,
-            architecture=info.architecture,
-            version=version("mimo-jax"),
-            status=_STATUSES[self._engine.status],
-            vocab_size=info.vocab_size,
-            eos_ids=info.eos_ids,
-            context_length=info.context_length,
-            max_running=info.max_running,
-            max_queued=info.max_queued,
-            page_size=info.page_size,
-            block_size=info.block_size,
-            capabilities=capabilities,
-            default_sampling=self._default_sampling(),
-            settings=_struct(info.settings),
-        )
+        async with statuses(context):
+            return self._info()
 
     async def WatchLoad(self, request: pb.WatchLoadRequest, context: ServicerContext) -> None:
         """How busy the server is, again and again."""
@@ -145,6 +123,32 @@ class TextService(GenerationServicer):
             if status in (Status.STOPPED, Status.FAILED):
                 return
             await asyncio.sleep(interval)
+
+    def _info(self) -> pb.GetServerInfoResponse:
+        info, answering = self._engine.info, self._answering
+        capabilities = pb.Capabilities(
+            constraints=CONSTRAINTS if answering.compiler else (),
+            max_n=MAX_SAMPLES,
+            max_top_logprobs=MAX_TOP_LOGPROBS,
+            reasoning=answering.tokenizer.token_id(THINK) is not None,
+            tools=answering.tokenizer.token_id(TOOL_CALL) is not None,
+        )
+        return pb.GetServerInfoResponse(
+            model=info.model,
+            architecture=info.architecture,
+            version=version("mimo-jax"),
+            status=_STATUSES[self._engine.status],
+            vocab_size=info.vocab_size,
+            eos_ids=info.eos_ids,
+            context_length=info.context_length,
+            max_running=info.max_running,
+            max_queued=info.max_queued,
+            page_size=info.page_size,
+            block_size=info.block_size,
+            capabilities=capabilities,
+            default_sampling=self._default_sampling(),
+            settings=_struct(info.settings),
+        )
 
     def _default_sampling(self) -> pb.Sampling:
         """All that does not depend on the request."""
