@@ -1,6 +1,5 @@
 """What a message of SGLang's scheduler service asks for."""
 
-import hashlib
 from typing import Any, Protocol
 
 from google.protobuf.json_format import MessageToDict
@@ -9,6 +8,7 @@ from smg_grpc_proto.generated import sglang_scheduler_pb2 as pb
 from mimo_jax.request import SamplingParams
 from serve.generation import Constraint, EngineInfo, GenerationRequest, InvalidRequest, Unsupported
 from serve.services.limits import check_limits
+from serve.services.seeds import derived_seed
 
 CONSTRAINTS = {
     "regex": "regex",
@@ -132,7 +132,7 @@ def _biases(given: Any) -> dict[int, float]:
 def _seed(given: Any, request_id: str, seed: int) -> int:
     """A request's own seed, or one that its id and the server's decide, so that a run can be repeated."""
     if given is None:
-        return int.from_bytes(hashlib.sha256(f"{seed}:{request_id}".encode()).digest()[:4], "big")
+        return derived_seed(seed, request_id)
     if not isinstance(given, int | float) or given != int(given) or not 0 <= given < 1 << 32:
         raise InvalidRequest(f"custom_params.seed must be a whole number from 0 to 4294967295, not {given!r}")
     return int(given)

@@ -1,0 +1,204 @@
+"""Requests of our own protocol, answered: what every service that speaks text stands on."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import cast
+
+from grpc.aio import ServicerContext
+
+from mimo_jax.request import SamplingParams
+from mimo_jax.tokenizer import Tokenizer
+from serve.generation import Engine, Event, Finished, GenerationRequest, RoundTokens, TokenLogprobs, Usage
+from serve.protos.mimo.serve.v1 import generation_pb2 as pb
+from serve.services.limits import deadline
+from serve.services.scheduler_request import Compiler
+from serve.services.seeds import derived_seed
+from serve.services.text_request import Prompt, read_request
+from serve.text.answer import Answer
+from serve.text.tool_calls import ToolCall
+
+_REASONS = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "abort": pb.FINISH_REASON_ABORT,
+}
+
+
+class Answering:
+    """An engine with its tokenizer, asked in text.
+
+    Args:
+        engine: Answers in tokens.
+        tokenizer: Of its model.
+        compiler: Makes constraints; None: there can be none.
+        defaults: What requests are decoded with where they say nothing.
+        seed: Of the server, for requests that bring none.
+        max_seconds: A request may take; None: as long as it likes.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        *,
+        compiler: Compiler | None = None,
+        defaults: SamplingParams | None = None,
+        seed: int = 0,
+        max_seconds: float | None = None,
+    ) -> None:
+        self.engine, self.tokenizer, self.compiler = engine, tokenizer, compiler
+        self.defaults = defaults or SamplingParams()
+        self._seed, self._max_seconds = seed, max_seconds
+
+    async def answer(
+        self, message: pb.GenerateRequest, context: ServicerContext
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """A message for every round, and one for every sample's end. Closing it aborts what is left.
+
+        Raises:
+            Refused: It cannot be served.
+            EngineFailed: The engine died.
+            TimeoutError: The deadline passed.
+        """
+        until = deadline(context, self._max_seconds)
+        request_id = message.request_id or uuid.uuid4().hex
+        defaults = replace(self.defaults, seed=derived_seed(self._seed, request_id))
+        request, prompt = await asyncio.to_thread(
+            read_request, message, request_id, self.tokenizer, self.engine.info, defaults, self.compiler, until
+        )
+        samples = [_Sample(self.tokenizer, request, prompt, index) for index in range(request.n)]
+        events = self.engine.submit(request)
+        async with aclosing(cast(AsyncGenerator[Event, None], events)):
+            async for event in events:
+                if isinstance(event, RoundTokens):
+                    yield samples[event.index].round(event)
+                elif event.reason == "deadline":
+                    raise TimeoutError("the request took longer than it may")
+                else:
+                    yield samples[event.index].finished(event)
+
+
+class _Sample:
+    """Turns one sample's events into messages."""
+
+    def __init__(self, tokenizer: Tokenizer, request: GenerationRequest, prompt: Prompt, index: int) -> None:
+        self._tokenizer, self._request_id, self._index = tokenizer, request.request_id, index
+        self._answer = Answer(tokenizer, request.sampling.stop, prompt.thinking, prompt.functions)
+        self._calls = 0
+        self._stood: list[int] = []
+        """For each position of a block: rounds in which the draft there stood."""
+
+    def round(self, event: RoundTokens) -> pb.GenerateResponse:
+        said = self._answer.push(event.token_ids)
+        message = pb.Round(
+            token_ids=event.token_ids,
+            text=said.text,
+            reasoning=said.reasoning,
+            drafted=event.drafted,
+            accepted=event.accepted,
+        )
+        stood = self._stood
+        if event.drafted > len(stood):
+            stood += [0] * (event.drafted - len(stood))
+        for position in range(event.accepted):
+            stood[position] += 1
+        if said.calls:
+            message.tool_calls.extend(self._named(said.calls))
+        if event.logprobs:
+            message.logprobs.extend(
+                self._logprob(token, known) for token, known in zip(event.token_ids, event.logprobs, strict=True)
+            )
+        return pb.GenerateResponse(request_id=self._request_id, index=self._index, round=message)
+
+    def finished(self, event: Finished) -> pb.GenerateResponse:
+        said = self._answer.finish()
+        calls = self._named(said.calls)
+        matched = self._answer.matched or event.matched
+        reason = _REASONS["stop" if self._answer.matched and event.reason != "abort" else event.reason]
+        if reason == pb.FINISH_REASON_STOP and self._calls:
+            reason = pb.FINISH_REASON_TOOL_CALLS
+        message = pb.Finished(
+            reason=reason,
+            message=event.message,
+            usage=_usage(event.usage, self._stood),
+            text=said.text,
+            reasoning=said.reasoning,
+            tool_calls=calls,
+        )
+        if isinstance(matched, str):
+            message.stop = matched
+        elif matched is not None:
+            message.stop_token_id = matched
+        return pb.GenerateResponse(request_id=self._request_id, index=self._index, finished=message)
+
+    def _named(self, calls: Sequence[ToolCall]) -> list[pb.ToolCall]:
+        """Calls with ids that no other call has."""
+        first = self._calls
+        self._calls += len(calls)
+        return [
+            pb.ToolCall(
+                id=f"call_{self._request_id}_{self._index}_{number}", name=call.name, arguments=call.arguments_json
+            )
+            for number, call in enumerate(calls, first)
+        ]
+
+    def _logprob(self, token: int, known: TokenLogprobs) -> pb.TokenLogprob:
+        spell = self._tokenizer.token_bytes
+        return pb.TokenLogprob(
+            id=token,
+            token=spell(token, skip_special=False),
+            logprob=known.logprob,
+            top=[pb.TokenLogprob(id=i, token=spell(i, skip_special=False), logprob=p) for i, p in known.top],
+        )
+
+
+def _usage(usage: Usage, stood: Sequence[int]) -> pb.Usage:
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        completion_tokens=usage.completion_tokens,
+        rounds=usage.rounds,
+        drafted=usage.drafted,
+        accepted=usage.accepted,
+        accepted_length=usage.accepted / usage.rounds + 1 if usage.rounds else 0.0,
+        accepted_at=stood,
+    )
+
+
+async def whole(responses: AsyncIterator[pb.GenerateResponse]) -> pb.CompleteResponse:
+    """All messages of one request as one."""
+    request_id = ""
+    samples: dict[int, _Whole] = {}
+    async for response in responses:
+        request_id = response.request_id
+        samples.setdefault(response.index, _Whole()).add(response)
+    return pb.CompleteResponse(request_id=request_id, samples=[samples[i].sample() for i in sorted(samples)])
+
+
+class _Whole:
+    """One sample, put together."""
+
+    def __init__(self) -> None:
+        self._sample = pb.Sample()
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+
+    def add(self, response: pb.GenerateResponse) -> None:
+        part = response.round if response.HasField("round") else response.finished
+        self._text.append(part.text)
+        self._reasoning.append(part.reasoning)
+        self._sample.tool_calls.extend(part.tool_calls)
+        if isinstance(part, pb.Round):
+            self._sample.token_ids.extend(part.token_ids)
+            self._sample.logprobs.extend(part.logprobs)
+        else:
+            self._sample.finished.CopyFrom(part)
+            for name in ("text", "reasoning", "tool_calls"):
+                self._sample.finished.ClearField(name)
+
+    def sample(self) -> pb.Sample:
+        self._sample.text, self._sample.reasoning = "".join(self._text), "".join(self._reasoning)
+        return self._sample
