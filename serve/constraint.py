@@ -100,11 +100,11 @@ class ConstraintCompiler:
     def _grammar(self, kind: Kind, text: str) -> str:
         match kind:
             case "json_object":
-                return llguidance.grammar_from("json_schema", '{"type": "object"}')
+                return _json_grammar('{"type": "object"}')
             case "json_schema":
                 if not isinstance(json.loads(text), dict | bool):
                     raise ValueError("a schema is a JSON object")
-                return llguidance.grammar_from("json_schema", text)
+                return _json_grammar(text)
             case "choices":
                 choices = json.loads(text)
                 if not isinstance(choices, list) or not choices or not all(isinstance(c, str) for c in choices):
@@ -118,6 +118,11 @@ class ConstraintCompiler:
                 return llguidance.grammar_from("ebnf", text)
             case _:
                 return llguidance.grammar_from(kind, text)
+
+
+def _json_grammar(schema: str) -> str:
+    """JSON as machines write it: a model in doubt would otherwise write white space until its tokens run out."""
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
 
 
 class GrammarConstraint:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from smg_grpc_proto.generated.sglang_scheduler_pb2_grpc import add_SglangSchedulerServicer_to_server
 
+from mimo_jax.tokenizer import Tokenizer
 from serve.constraint import ConstraintCompiler
 from serve.engine.building import Built, build_engine, build_executor
 from serve.engine.followers import follow
@@ -17,10 +18,13 @@ from serve.http_sidecar import HttpSidecar
 from serve.logs import RequestLog
 from serve.metrics import Metrics
 from serve.options import ServerOptions
-from serve.services import scheduler_service
+from serve.protos.mimo.serve.v1.generation_pb2_grpc import add_GenerationServicer_to_server
+from serve.services import scheduler_service, text_service
+from serve.services.answering import Answering
 from serve.services.grpc_server import GrpcServer, Service
 from serve.services.scheduler_service import SchedulerService
 from serve.services.security import server_credentials
+from serve.services.text_service import TextService
 from serve.tracing import Tracer
 from sharding.distributed import joined
 
@@ -50,6 +54,12 @@ def _joined(options: ServerOptions) -> Iterator[None]:
         yield
 
 
+def _tokenizer(options: ServerOptions) -> Tokenizer | None:
+    """The one that text is read and written with, if there is one."""
+    there = (options.tokenizer / "tokenizer.json").is_file()
+    return Tokenizer.from_folder(options.tokenizer) if there else None
+
+
 class _Server:
     """One serving process."""
 
@@ -76,6 +86,7 @@ class _Server:
         endpoint = options.otlp_traces_endpoint
         tracer = Tracer(endpoint, options.served_model_name) if endpoint else None
         try:
+            tokenizer = _tokenizer(options)
             service = SchedulerService(
                 self.engine,
                 options.model,
@@ -86,7 +97,29 @@ class _Server:
                 log=RequestLog(options.log_requests),
                 tracer=tracer,
             )
-            grpc = self._grpc(service)
+            services = [
+                Service(
+                    scheduler_service.SERVICE_NAME,
+                    add_SglangSchedulerServicer_to_server,
+                    service,
+                    scheduler_service.ADMIN_METHODS,
+                )
+            ]
+            answering = None
+            if tokenizer is not None:
+                answering = Answering(
+                    self.engine, tokenizer, seed=options.random_seed, max_seconds=options.max_request_seconds
+                )
+                text = TextService(answering)
+                services.append(
+                    Service(
+                        text_service.SERVICE_NAME,
+                        add_GenerationServicer_to_server,
+                        text,
+                        text_service.ADMIN_METHODS,
+                    )
+                )
+            grpc = self._grpc(services)
             await grpc.start()
             http = await sidecar.start(options.host, options.http_port or (grpc.port + 1 if options.grpc_port else 0))
             logger.info("gRPC on %s:%d, HTTP on port %d; not ready yet", options.host, grpc.port, http)
@@ -95,10 +128,9 @@ class _Server:
                 logger.warning("told to end before the server was ready")
                 os._exit(0)  # a compiler cannot be interrupted
             built: Built = building.result()
-            if options.grammar_backend != "none" and built.model.tokenizer is not None:
-                service.compiler = ConstraintCompiler(
-                    built.model.tokenizer, built.model.config.vocab_size, built.model.eos_ids
-                )
+            if options.grammar_backend != "none" and tokenizer is not None and answering is not None:
+                compiler = ConstraintCompiler(tokenizer, built.model.config.vocab_size, built.model.eos_ids)
+                service.compiler = answering.compiler = compiler
             built.engine.start()
             self.engine.arrive(built.engine)
             logger.info("ready: %s on %s:%d", options.served_model_name, options.host, grpc.port)
@@ -119,19 +151,11 @@ class _Server:
             raise RuntimeError("the engine failed") from self._failure
         return 0
 
-    def _grpc(self, service: SchedulerService) -> GrpcServer:
+    def _grpc(self, services: list[Service]) -> GrpcServer:
         options = self.options
         credentials = None
         if options.ssl_certfile and options.ssl_keyfile:
             credentials = server_credentials(options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs)
-        services = [
-            Service(
-                scheduler_service.SERVICE_NAME,
-                add_SglangSchedulerServicer_to_server,
-                service,
-                scheduler_service.ADMIN_METHODS,
-            )
-        ]
         return GrpcServer(
             self.engine,
             services,
