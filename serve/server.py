@@ -38,7 +38,11 @@ def run(options: ServerOptions) -> int:
     """Serve until told to end, or follow the process that serves; the exit status."""
     with _joined(options):
         if options.process:
+            # those who end the group tell all of it; this process has to be there until the first has ended
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             executor, _ = build_executor(options, logger.info)
+            if options.precompile:
+                executor.compile_all()
             follow(executor)
             return 0
         return asyncio.run(_Server(options).serve())
@@ -58,6 +62,18 @@ def _tokenizer(options: ServerOptions) -> Tokenizer | None:
     """The one that text is read and written with, if there is one."""
     there = (options.tokenizer / "tokenizer.json").is_file()
     return Tokenizer.from_folder(options.tokenizer) if there else None
+
+
+def _kserve(answering: Answering) -> list[Service]:
+    """The KServe service, where its stubs are installed."""
+    try:
+        from tritonclient.grpc.service_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
+
+        from serve.services import kserve_service
+    except ImportError:
+        return []
+    servicer = kserve_service.KServeService(answering)
+    return [Service(kserve_service.SERVICE_NAME, add_GRPCInferenceServiceServicer_to_server, servicer)]
 
 
 class _Server:
@@ -119,6 +135,7 @@ class _Server:
                         text_service.ADMIN_METHODS,
                     )
                 )
+                services += _kserve(answering)
             grpc = self._grpc(services)
             await grpc.start()
             http = await sidecar.start(options.host, options.http_port or (grpc.port + 1 if options.grpc_port else 0))

@@ -9,6 +9,7 @@ from mimo_jax.model import Model, load_model
 from mimo_jax.progress import loading_bar
 from serve.engine.batching import BatchingEngine
 from serve.engine.budget import plan_sizes
+from serve.engine.commands import Command, all_buckets
 from serve.engine.executor import Executor
 from serve.engine.followers import LeadingExecutor
 from serve.generation import EngineInfo
@@ -113,7 +114,9 @@ def build_engine(
             left = f", about {seconds / done * (total - done):.0f} s left" if 0 < done < total else ""
             say(f"compiled {done} of {total} programs{left}")
 
-        executor.compile_all(progress, device.run)
+        executor.compile_all(progress)
+        for bucket in all_buckets(sizes):  # each once, on nothing: first calls are slow
+            device.fetch(device.run(Command(bucket, executor.builder.template(bucket))))
     ready[0] = options.precompile
     metrics.started(time.monotonic() - begun)
     return Built(engine, model, executor, leading)

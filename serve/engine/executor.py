@@ -60,27 +60,19 @@ class Executor:
         if event == "/jax/core/compile/backend_compile_duration":
             self._on_compile(duration_secs)
 
-    def compile_all(
-        self,
-        progress: Callable[[int, int, float], None] = lambda *_: None,
-        run: Callable[[Command], Any] | None = None,
-    ) -> None:
-        """Compile every program and run it once on nothing.
+    def compile_all(self, progress: Callable[[int, int, float], None] = lambda *_: None) -> None:
+        """Compile every program that a step may need.
 
         Args:
             progress: Called with programs done, programs in all, and seconds so far.
-            run: Runs them, where this is not the only process.
         """
         buckets, begun = all_buckets(self.sizes), time.monotonic()
-        templates = {bucket: self.builder.template(bucket) for bucket in buckets}
         progress(0, len(buckets), 0.0)
         with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1)) as pool:
-            done = [pool.submit(self._compiled, bucket, arguments) for bucket, arguments in templates.items()]
-            for i, _ in enumerate(as_completed(done)):
+            done = {b: pool.submit(self._compiled, b, self.builder.template(b)) for b in buckets}
+            for i, _ in enumerate(as_completed(done.values())):
                 progress(i + 1, len(buckets), time.monotonic() - begun)
-        for bucket, program in zip(buckets, done, strict=True):
-            self._programs[bucket] = program.result()
-            self.fetch((run or self.run)(Command(bucket, templates[bucket])))
+        self._programs |= {bucket: program.result() for bucket, program in done.items()}
 
     def run(self, command: Command) -> Any:
         """Dispatch a program; gives its result, on the devices, without waiting for it."""

@@ -22,7 +22,8 @@ _HEAD = struct.Struct("!QIIQ")
 """Number, checksum, bucket, bytes that follow."""
 _END = 0xFFFFFFFF
 _KEY = "mimo/commands"
-_SECONDS = 60
+_SECONDS = 1800
+"""For all to have loaded the model, which starts together and need not end together."""
 
 
 class DivergedError(RuntimeError):

@@ -197,7 +197,7 @@ async def test_a_mixed_crowd_leaves_nothing_behind_and_compiles_nothing(server):
     rng = random.Random(0)
     ends: dict[str, int] = {}
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
-        stub, gate = server.stub(channel), asyncio.Semaphore(24)
+        stub, gate = server.stub(channel), asyncio.Semaphore(16)  # with two samples each, as many as may be inside
 
         async def one(number: int) -> None:
             kind = rng.choice(["short", "short", "short", "long", "cancelled", "constrained", "sampled", "bad"])
