@@ -37,6 +37,9 @@ from mimo_jax.training.tokens import Conversation, Tokens, tokenize
 
 _LEARNT_FROM = 4000  # documents that a tokenizer learns its merges from
 
+_ASKED = {"web": 0.7, "math": 2.5, "code": 2.0, "library": 0.3, "chat": 2.0, "edits": 2.5, "drills": 0.5}
+"""How often a drafter's answers are of each source: no more than a few drills, which are there to pretrain on."""
+
 
 def train_corpus(arguments: argparse.Namespace) -> None:
     """`mimo-jax train corpus`."""
@@ -207,7 +210,7 @@ def _trained(folder: Path, like: Params) -> Params:
 
 def _prompts(tokenizer: Tokenizer, seed: int) -> Iterator[list[int]]:
     """What the generated documents ask, every turn of a conversation and the beginning of every plain text."""
-    for found in documents(seed=seed):
+    for found in documents(_ASKED, seed):
         if found.text is not None:
             yield tokenizer.encode(found.text)[:32]
         for i, message in enumerate(found.messages):
