@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.attention import KV, Attention
-from mimo_jax.cache import RingKV
+from mimo_jax.cache import RingKV, SequenceKV
 from mimo_jax.config import DrafterConfig
 from mimo_jax.layers import array, declare, linear, rms_norm, swiglu, weight
 from sharding.topology import Topology
@@ -60,7 +60,7 @@ class Drafter(nnx.Module):
 
         return jax.lax.scan(layer, None, jnp.arange(self.config.num_layers, dtype=jnp.int32))[1]
 
-    def __call__(self, anchor: jax.Array, ring: RingKV, lengths: jax.Array) -> jax.Array:
+    def __call__(self, anchor: jax.Array, ring: RingKV | SequenceKV, lengths: jax.Array) -> jax.Array:
         """Fill a block.
 
         Args:

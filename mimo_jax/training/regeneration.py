@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from mimo_jax.generate import Generator
 from mimo_jax.model import Model
 from mimo_jax.request import SamplingParams
 from mimo_jax.session import Session
 from mimo_jax.training import TrainingError
-from mimo_jax.training.tokens import Tokens
+from mimo_jax.training.answers import read_answers
 
 
 def regenerate(
@@ -91,31 +89,3 @@ def _answer(model: Model, asked: Sequence[_Asked], batch: int) -> Iterator[int]:
             row.finished = not active
         begun += [row for row in rows if not row.finished]
         yield sum(row.finished for row in rows)
-
-
-def read_answers(path: Path) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompts and answers, in order; a last line that was cut short is left out."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            pair = json.loads(line)
-            yield pair["prompt_ids"], pair["answer_ids"]
-        except (ValueError, KeyError, TypeError):
-            if number > 1 and not line.endswith("}"):
-                return
-            raise TrainingError(f"{path}:{number}: not an object of prompt_ids and answer_ids") from None
-
-
-def answers_as_tokens(path: Path) -> Tokens:
-    """All prompts and answers in one row.
-
-    Raises:
-        TrainingError: There are none.
-    """
-    ids: list[int] = []
-    answer: list[bool] = []
-    for prompt, answered in read_answers(path):
-        ids += prompt + answered
-        answer += [False] * len(prompt) + [True] * len(answered)
-    if not any(answer):
-        raise TrainingError(f"{path}: holds no answers to learn from")
-    return Tokens(np.array(ids, np.int32), np.array(answer, bool))
