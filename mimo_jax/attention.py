@@ -8,7 +8,7 @@ from flax import nnx
 
 from mimo_jax.cache import PagedKV, RingKV, SequenceKV
 from mimo_jax.config import AttentionConfig
-from mimo_jax.layers import array, declare, linear, rope, weight
+from mimo_jax.layers import Layer, array, declare, linear, rope, weight
 from pallas_kernels.block_attention import block_attention
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.window_attention import window_attention
@@ -38,11 +38,11 @@ class Attention(nnx.Module):
         if config.sink:
             self.sink = declare((layers, config.heads), ("layers", "heads"), "float32")
 
-    def queries(self, x: jax.Array, layer: jax.Array) -> jax.Array:
+    def queries(self, x: jax.Array, layer: Layer) -> jax.Array:
         """Project x [batch, rows, hidden] to queries [batch, rows, heads, qk_dim], not yet rotated."""
         return linear(x, weight(self.q, layer)).reshape(*x.shape[:2], -1, self.config.qk_dim)
 
-    def keys_values(self, x: jax.Array, layer: jax.Array) -> KV:
+    def keys_values(self, x: jax.Array, layer: Layer) -> KV:
         """Project x [batch, rows, hidden] to keys, not yet rotated, and scaled values."""
         k = linear(x, weight(self.k, layer)).reshape(*x.shape[:2], -1, self.config.qk_dim)
         v = linear(x, weight(self.v, layer)).reshape(*x.shape[:2], -1, self.config.v_dim)
@@ -56,9 +56,9 @@ class Attention(nnx.Module):
         self,
         q: jax.Array,
         kv: KV,
-        layer: jax.Array,
+        layer: Layer,
         cache: PagedKV | RingKV | SequenceKV,
-        cache_layer: jax.Array,
+        cache_layer: Layer,
         lengths: jax.Array,
         causal: bool = True,
     ) -> jax.Array:
