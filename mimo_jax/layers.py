@@ -1,6 +1,7 @@
 """Pieces that backbone and drafter share: declared parameters, RMSNorm, partial RoPE, linear over any weight type."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def weight(parameter: nnx.Param, layer: Layer | None = None) -> Weight:
 
 def array(parameter: nnx.Param, layer: Layer | None = None) -> jax.Array:
     """The same for a parameter that is never quantised."""
-    held = weight(parameter, layer)
+    held: Any = weight(parameter, layer)
     return dequantize(held, held.values.dtype) if isinstance(held, Swapped) else held
 
 

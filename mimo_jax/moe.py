@@ -74,7 +74,7 @@ class MoE(nnx.Module):
             at = jax.tree.map(lambda w: w[*row, e], stacks)
             return inputs_first(at[0], x.dtype), inputs_first(at[1], x.dtype)
 
-        return expert_mlp(*given, expert, stacks[0].values.shape[len(row)], routed)
+        return expert_mlp(*given, expert, routed // self.topology.cut("expert").width, routed)
 
 
 def route(logits: jax.Array, correction_bias: jax.Array, config: MoeConfig) -> tuple[jax.Array, jax.Array]:

@@ -18,7 +18,7 @@ def block_attention(
     block_k: jax.Array,
     block_v: jax.Array,
     *,
-    layer: jax.Array,
+    layer: jax.Array | int,
     anchors: jax.Array,
     visible_keys: int | None,
     causal: bool,

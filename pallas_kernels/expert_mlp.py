@@ -122,7 +122,7 @@ def plain_expert_mlp(
     weights: jax.Array,
     gate_up: jax.Array,
     down: jax.Array,
-    layer: jax.Array,
+    layer: jax.Array | int,
     routed: int | None = None,
 ) -> jax.Array:
     """`expert_mlp` on stacked plain weights, of which only the chosen experts of one layer are read; has gradients.
@@ -195,7 +195,7 @@ def mxfp4_expert_mlp(
     down_codes: jax.Array,
     down_scales: jax.Array,
     *,
-    layer: jax.Array,
+    layer: jax.Array | int,
     routed: int | None = None,
 ) -> jax.Array:
     """`expert_mlp` on stacked MXFP4 weights, of which only the chosen experts of one layer are read.

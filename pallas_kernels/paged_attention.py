@@ -20,7 +20,7 @@ def paged_attention(
     block_k: jax.Array,
     block_v: jax.Array,
     *,
-    layer: jax.Array,
+    layer: jax.Array | int,
     page_table: jax.Array,
     lengths: jax.Array,
     sink: jax.Array | None,

@@ -32,6 +32,7 @@ def test_equals_decoding(rng, causal, visible_keys, with_sink):
     rings = [np.nan_to_num(ring, nan=7.0) for ring in rings]  # where nothing was, nothing may be read
 
     anchors = jnp.asarray(ANCHORS.reshape(-1))
+    q, context, rings, own = jax.tree.map(jnp.asarray, (q, context, rings, own))
     expected = window_attention(q, *rings, *own, lengths=anchors, **settings)
     got = jax.jit(lambda: block_attention(q, *context, *own, anchors=anchors, **settings))()
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
