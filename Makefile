@@ -59,14 +59,15 @@ NANO := runs/nano
 CORPUS := --corpus $(NANO)/corpus
 PRETRAIN := --steps 2200 --batch 4 --length 512 --final 1 --warmup 50 --seed 0
 FINISH := --start-from $(NANO)/base --steps 160 --batch 1 --length 4096 --final 0.05 --warmup 10 --seed 1
+DISTIL := --steps 2000 --batch 4 --anchors 384 --final 0.05 --seed 0
 
 nano: $(STAMP) ## train the model in the package again, from nothing, into runs/nano (some hours)
 	test -e $(NANO)/corpus/corpus.json || $(TRAIN) corpus --out $(NANO)/corpus --documents 24000 --seed 0
 	$(TRAIN) backbone $(CORPUS) --out $(NANO)/base $(PRETRAIN)
 	$(TRAIN) backbone $(CORPUS) --out $(NANO)/qat --qat $(FINISH)
 	$(TRAIN) export $(CORPUS) --run $(NANO)/qat --out $(NANO)/model --overwrite
-	$(TRAIN) regenerate --model $(NANO)/model --out $(NANO)/answers.jsonl --prompts 1600 --batch 64
-	$(TRAIN) drafter --model $(NANO)/model --answers $(NANO)/answers.jsonl --out $(NANO)/drafter --steps 1500 --batch 4 --anchors 96 --seed 0
+	$(TRAIN) regenerate --model $(NANO)/model --out $(NANO)/answers.jsonl --prompts 6200 --batch 256 --seed 11
+	$(TRAIN) drafter --model $(NANO)/model --answers $(NANO)/answers.jsonl --out $(NANO)/drafter $(DISTIL)
 	$(TRAIN) export --run $(NANO)/drafter --out $(NANO)/model/dflash --overwrite
 
 test: $(STAMP) ## the suite a person waits for (ARGS=... go to pytest)

@@ -6,9 +6,10 @@ All three read keys that are already committed to a cache, plus those of the row
 import jax
 from flax import nnx
 
-from mimo_jax.cache import PagedKV, RingKV
+from mimo_jax.cache import PagedKV, RingKV, SequenceKV
 from mimo_jax.config import AttentionConfig
-from mimo_jax.layers import array, declare, linear, rope, weight
+from mimo_jax.layers import Layer, array, declare, linear, rope, weight
+from pallas_kernels.block_attention import block_attention
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.window_attention import window_attention
 from sharding.topology import Topology
@@ -37,11 +38,11 @@ class Attention(nnx.Module):
         if config.sink:
             self.sink = declare((layers, config.heads), ("layers", "heads"), "float32")
 
-    def queries(self, x: jax.Array, layer: jax.Array) -> jax.Array:
+    def queries(self, x: jax.Array, layer: Layer) -> jax.Array:
         """Project x [batch, rows, hidden] to queries [batch, rows, heads, qk_dim], not yet rotated."""
         return linear(x, weight(self.q, layer)).reshape(*x.shape[:2], -1, self.config.qk_dim)
 
-    def keys_values(self, x: jax.Array, layer: jax.Array) -> KV:
+    def keys_values(self, x: jax.Array, layer: Layer) -> KV:
         """Project x [batch, rows, hidden] to keys, not yet rotated, and scaled values."""
         k = linear(x, weight(self.k, layer)).reshape(*x.shape[:2], -1, self.config.qk_dim)
         v = linear(x, weight(self.v, layer)).reshape(*x.shape[:2], -1, self.config.v_dim)
@@ -55,9 +56,9 @@ class Attention(nnx.Module):
         self,
         q: jax.Array,
         kv: KV,
-        layer: jax.Array,
-        cache: PagedKV | RingKV,
-        cache_layer: jax.Array,
+        layer: Layer,
+        cache: PagedKV | RingKV | SequenceKV,
+        cache_layer: Layer,
         lengths: jax.Array,
         causal: bool = True,
     ) -> jax.Array:
@@ -67,7 +68,7 @@ class Attention(nnx.Module):
             q: [batch, rows, heads, qk_dim], rotated.
             kv: The rows' own keys and values.
             layer: This layer's row in the stacked parameters.
-            cache: Where committed keys lie.
+            cache: Where committed keys lie. Of a `SequenceKV`, a batch of blocks reads the positions before each.
             cache_layer: This layer's row in the cache.
             lengths: [batch] int32, committed positions; row r stands at position lengths + r.
             causal: Whether a row sees only itself and earlier rows of its block.
@@ -90,6 +91,18 @@ class Attention(nnx.Module):
                     *kv,
                     layer=cache_layer,
                     lengths=lengths,
+                    visible_keys=config.visible_keys,
+                    causal=causal,
+                    sink=sink,
+                )
+            case SequenceKV():
+                out = block_attention(
+                    q,
+                    cache.k,
+                    cache.v,
+                    *kv,
+                    layer=cache_layer,
+                    anchors=lengths,
                     visible_keys=config.visible_keys,
                     causal=causal,
                     sink=sink,

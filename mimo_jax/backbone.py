@@ -9,6 +9,7 @@ sums with the others where a topology's cuts say so. Without a mesh it has every
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from flax import nnx
 from mimo_jax.attention import KV, Attention
 from mimo_jax.cache import BackboneCache, PagedKV, RingKV
 from mimo_jax.config import AttentionKind, BackboneConfig, LayerKind
-from mimo_jax.layers import array, declare, linear, rms_norm, swiglu, weight
+from mimo_jax.layers import Layer, array, declare, linear, over_layers, rms_norm, swiglu, weight
 from mimo_jax.moe import MoE
 from sharding.topology import Topology
 
@@ -74,7 +75,7 @@ class DenseMLP(nnx.Module):
         self.up = declare((layers, inner, hidden), ("layers", "mlp", "embed"), dtype)
         self.down = declare((layers, hidden, inner), ("layers", "embed", "mlp"), dtype)
 
-    def __call__(self, x: jax.Array, layer: jax.Array, wanted: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, layer: Layer, wanted: jax.Array | None = None) -> jax.Array:
         """Map x [..., hidden] to [..., hidden], whichever rows are wanted: all read the same weights."""
         return self.columns.sum(swiglu(x, weight(self.gate, layer), weight(self.up, layer), weight(self.down, layer)))
 
@@ -96,9 +97,9 @@ class DecoderLayers(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        layer: jax.Array,
+        layer: Layer,
         cache: PagedKV | RingKV,
-        cache_layer: jax.Array,
+        cache_layer: Layer,
         lengths: jax.Array,
         counts: jax.Array | None,
     ) -> tuple[jax.Array, KV]:
@@ -167,12 +168,14 @@ class Backbone(nnx.Module):
         """Rows x through a run of layers: the new residual stream, and [layers of the run, batch, rows, ...] KV."""
         layers, committed = self.layers[run.kind.name], cache.kv[run.kind.attention]
 
-        def layer(x: jax.Array, i: jax.Array) -> tuple[jax.Array, KV]:
-            return layers(x, run.first + i, committed, run.first_in_cache + i, cache.lengths, counts)
-
         # in training, attention is computed again rather than kept; without gradients this changes nothing
-        layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-        return jax.lax.scan(layer, x, jnp.arange(run.count, dtype=jnp.int32))
+        again = partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+
+        def layer(x: jax.Array, i: Layer) -> tuple[jax.Array, KV]:
+            in_cache = i + run.first_in_cache - run.first
+            return again(lambda x: layers(x, i, committed, in_cache, cache.lengths, counts))(x)
+
+        return over_layers(layer, x, run.first, run.count, layers.attention_norm)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and LM head: hidden [batch, ..., hidden] to logits [batch, ..., vocab] float32."""

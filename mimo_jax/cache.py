@@ -64,6 +64,17 @@ class RingKV:
         return RingKV(_store(self.k, at, kv[0]), _store(self.v, at, kv[1]))
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SequenceKV:
+    """Keys and values of every position of some sequences, on which blocks anywhere in them are trained."""
+
+    k: jax.Array
+    """[layers, batch, positions, kv_heads, qk_dim]."""
+    v: jax.Array
+    """[layers, batch, positions, kv_heads, v_dim]."""
+
+
 def _store(stored: jax.Array, at: tuple, rows: jax.Array) -> jax.Array:
     return stored.at[at].set(rows.astype(stored.dtype), mode="drop")
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.attention import KV, Attention
-from mimo_jax.cache import RingKV
+from mimo_jax.cache import RingKV, SequenceKV
 from mimo_jax.config import DrafterConfig
-from mimo_jax.layers import array, declare, linear, rms_norm, swiglu, weight
+from mimo_jax.layers import Layer, array, declare, linear, over_layers, rms_norm, swiglu, weight
 from sharding.topology import Topology
 
 
@@ -55,12 +55,12 @@ class Drafter(nnx.Module):
         c = linear(captured.reshape(batch, rows, -1), weight(self.fc))
         c = rms_norm(c, array(self.hidden_norm), self.config.rms_eps)
 
-        def layer(_: None, i: jax.Array) -> tuple[None, KV]:
+        def layer(_: None, i: Layer) -> tuple[None, KV]:
             return None, self._keys_values(c, i, positions)
 
-        return jax.lax.scan(layer, None, jnp.arange(self.config.num_layers, dtype=jnp.int32))[1]
+        return over_layers(layer, None, 0, self.config.num_layers, self.attention_norm)[1]
 
-    def __call__(self, anchor: jax.Array, ring: RingKV, lengths: jax.Array) -> jax.Array:
+    def __call__(self, anchor: jax.Array, ring: RingKV | SequenceKV, lengths: jax.Array) -> jax.Array:
         """Fill a block.
 
         Args:
@@ -79,7 +79,7 @@ class Drafter(nnx.Module):
         block = jnp.concatenate([anchor[:, None].astype(mask.dtype), mask], axis=1)
         positions = lengths[:, None] + jnp.arange(config.block_size)
 
-        def layer(x: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        def layer(x: jax.Array, i: Layer) -> tuple[jax.Array, None]:
             n = rms_norm(x, array(self.attention_norm, i), config.rms_eps)
             q = rms_norm(attention.queries(n, i), array(self.q_norm, i), config.rms_eps)
             q = attention.rotate(q, positions)
@@ -89,10 +89,10 @@ class Drafter(nnx.Module):
             mlp = swiglu(n, weight(self.gate, i), weight(self.up, i), weight(self.down, i))
             return x + self.columns.sum(mlp), None
 
-        x, _ = jax.lax.scan(layer, block, jnp.arange(config.num_layers, dtype=jnp.int32))
+        x, _ = over_layers(layer, block, 0, config.num_layers, self.attention_norm)
         return rms_norm(x, array(self.final_norm), config.rms_eps)
 
-    def _keys_values(self, x: jax.Array, layer: jax.Array, positions: jax.Array) -> KV:
+    def _keys_values(self, x: jax.Array, layer: Layer, positions: jax.Array) -> KV:
         k, v = self.attention.keys_values(x, layer)
         k = rms_norm(k, array(self.k_norm, layer), self.config.rms_eps)
         return self.attention.rotate(k, positions), v

@@ -1,14 +1,18 @@
 """Pieces that backbone and drafter share: declared parameters, RMSNorm, partial RoPE, linear over any weight type."""
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mimo_jax.quantization import Weight, dequantize
+from mimo_jax.quantization import ByLayer, Swapped, Weight, dequantize, inputs_first
 from pallas_kernels.precision import matmul_precision
+
+Layer = jax.Array | int
+"""Number of a layer: of its row in a stack, or of one held by layer."""
 
 
 def declare(shape: tuple[int, ...], axes: tuple[str, ...], dtype: jax.typing.DTypeLike) -> nnx.Param:
@@ -19,26 +23,43 @@ def declare(shape: tuple[int, ...], axes: tuple[str, ...], dtype: jax.typing.DTy
     return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 
 
-def weight(parameter: nnx.Param, layer: jax.Array | None = None) -> Weight:
+def weight(parameter: nnx.Param, layer: Layer | None = None) -> Weight:
     """The weight in a parameter, of any type; with `layer`, that row of a stack of layers."""
     stack = parameter.get_value()
-    return stack if layer is None else jax.tree.map(partial(_row, layer=layer), stack)
+    if layer is None:
+        return stack
+    if isinstance(stack, ByLayer):
+        return stack.layers[layer]
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, axis=0, keepdims=False), stack)
 
 
-def array(parameter: nnx.Param, layer: jax.Array | None = None) -> jax.Array:
+def array(parameter: nnx.Param, layer: Layer | None = None) -> jax.Array:
     """The same for a parameter that is never quantised."""
-    stack = parameter.get_value()
-    return stack if layer is None else _row(stack, layer)
+    held: Any = weight(parameter, layer)
+    return dequantize(held, held.values.dtype) if isinstance(held, Swapped) else held
 
 
-def _row(stack: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, layer, axis=0, keepdims=False)
+def over_layers[X, Y](
+    step: Callable[[X, Layer], tuple[X, Y]], x: X, first: int, count: int, stack: nnx.Param
+) -> tuple[X, Y]:
+    """Run step(x, layer) over `count` layers from `first` on, as `lax.scan`; `stack` is a parameter of theirs."""
+    if not isinstance(stack.get_value(), ByLayer):
+        return jax.lax.scan(step, x, first + jnp.arange(count, dtype=jnp.int32))
+    made = []
+    for layer in range(first, first + count):
+        x, y = step(x, layer)
+        made.append(y)
+    return x, jax.tree.map(lambda *parts: jnp.stack(parts), *made)
 
 
 def linear(x: jax.Array, w: Weight) -> jax.Array:
     """X [..., in] times a weight [out, in] of any type, accumulated in float32: [..., out] in x's dtype."""
-    plain = dequantize(w, x.dtype)
-    y = jnp.einsum("...i,oi->...o", x, plain, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
+    # XLA's CPU backend reads a weight as it lies if the product is written so
+    if isinstance(w, Swapped):
+        spec, plain = "...i,io->...o", inputs_first(w, x.dtype)
+    else:
+        spec, plain = "...i,oi->...o", dequantize(w, x.dtype)
+    y = jnp.einsum(spec, x, plain, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
     return y.astype(x.dtype)
 
 

@@ -12,8 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from mimo_jax.backbone import Backbone
 from mimo_jax.cache import backbone_cache, drafter_ring
-from mimo_jax.checkpoint import BackboneCheckpoint, DrafterCheckpoint, Storage
+from mimo_jax.checkpoint import BackboneCheckpoint, DrafterCheckpoint
 from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig, drafter_folder
+from mimo_jax.cpu_weights import by_layer
 from mimo_jax.drafter import Drafter
 from mimo_jax.params import Declared, Params
 from mimo_jax.placement import check, with_copied_kv_heads
@@ -27,6 +28,10 @@ from sharding.topology import Topology
 logger = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16"]
+Storage = Literal["packed", "expanded", "by_layer"]
+
+MOST_LAYERS_BY_LAYER = 16
+"""A program has the code of every layer of a model that is held by layer."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,9 @@ class LoadOptions:
     dtype: Dtype | None = None
     """Of activations, caches and plain weights. Default: float32 on a CPU, bfloat16 elsewhere."""
     storage: Storage | None = None
-    """Keep MXFP4 and FP8 weights packed in memory, or expand them to `dtype`. Default: packed, but expanded on a CPU
-    that has room for it, where plain weights are faster."""
+    """Keep MXFP4 and FP8 weights packed in memory, or expand them to `dtype`: in stacks of layers or, on one device, by
+    layer (see `cpu_weights`). Default: packed, but expanded on a CPU that has room for it, where plain weights are
+    faster, and by layer if there are few."""
     swa_visible_keys: int | None = None
     """Keys an SWA query sees (see `BackboneConfig.from_hf`)."""
     router_dtype: Dtype | None = None
@@ -187,7 +193,11 @@ def load_model(
     mesh = topology.mesh()
     models = declare_models(config, drafter_config, dtype, topology)
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
-    storage = options.storage or default_storage(models.backbone.shapes)
+    storage = options.storage or default_storage(models)
+    if storage == "by_layer" and topology.tensor_parallel > 1:
+        raise ValueError(
+            f"storage by_layer is for one device, not {topology.tensor_parallel}: choose expanded or packed"
+        )
 
     # processes that ran different programs would wait for each other forever
     alike = replace(options, drafter="auto", snapshot=None)
@@ -196,9 +206,11 @@ def load_model(
     def placed(axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
         return topology.sharding(mesh, axes, shape)
 
+    read_as = "packed" if storage == "packed" else "expanded"
+
     def read(component: str, source: BackboneCheckpoint | DrafterCheckpoint, declared: Declared) -> Params:
         report = reporter(progress, component, source.total_bytes)
-        return source.load(declared, storage=storage, sharding=placed, progress=report)
+        return source.load(declared, storage=read_as, sharding=placed, progress=report)
 
     def load() -> ModelParams:
         return ModelParams(
@@ -212,14 +224,17 @@ def load_model(
         from mimo_jax.snapshot import restore_or_load  # Orbax takes a while to import
 
         outline = ModelParams(
-            checkpoint.outline(models.backbone, storage, placed),
-            drafter_checkpoint.outline(models.drafter, storage, placed)
+            checkpoint.outline(models.backbone, read_as, placed),
+            drafter_checkpoint.outline(models.drafter, read_as, placed)
             if drafter_checkpoint and models.drafter
             else None,
         )
         sources = {"backbone": checkpoint, "drafter": drafter_checkpoint}
-        made_with = {"storage": storage, "dtype": dtype, "qkv_layout": options.qkv_layout}
+        made_with = {"storage": read_as, "dtype": dtype, "qkv_layout": options.qkv_layout}
         params = restore_or_load(options.snapshot, sources, made_with, outline, load)
+    if storage == "by_layer":
+        drafter_params = by_layer(params.drafter, models.drafter.axes) if params.drafter and models.drafter else None
+        params = ModelParams(by_layer(params.backbone, models.backbone.axes), drafter_params)
     return Model(models, params, dtype, tokenizer, mesh)
 
 
@@ -235,12 +250,16 @@ def declare_models(
     return Models(backbone, Declared(lambda: Drafter(held_drafter, dtype, topology)))
 
 
-def default_storage(shapes: Any) -> Storage:
-    """Expanded on a CPU with room for two copies of the plain weights, packed otherwise."""
+def default_storage(models: Models) -> Storage:
+    """Expanded on a CPU with room for two copies of the plain weights, by layer if it can be; packed otherwise."""
     if jax.default_backend() != "cpu":
         return "packed"
-    expanded = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    return "expanded" if 2 * expanded < available_memory() else "packed"
+    backbone = models.backbone
+    expanded = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backbone.shapes))
+    if 2 * expanded >= available_memory():
+        return "packed"
+    few = len(backbone.module.config.layers) <= MOST_LAYERS_BY_LAYER
+    return "by_layer" if few and models.topology.tensor_parallel == 1 else "expanded"
 
 
 def available_memory() -> int:

@@ -8,9 +8,9 @@ from flax import nnx
 
 from mimo_jax.config import MoeConfig
 from mimo_jax.expert_dispatch import on_all_devices
-from mimo_jax.layers import array, declare
-from mimo_jax.quantization import MXFP4Weight, dequantize
-from pallas_kernels.expert_mlp import expert_mlp, mxfp4_expert_mlp, plain_expert_mlp
+from mimo_jax.layers import Layer, array, declare
+from mimo_jax.quantization import ByLayer, MXFP4Weight, inputs_first
+from pallas_kernels.expert_mlp import ExpertIndex, expert_mlp, mxfp4_expert_mlp, plain_expert_mlp
 from sharding.topology import Topology
 
 
@@ -38,7 +38,7 @@ class MoE(nnx.Module):
         )
         self.down = declare((layers, experts, hidden, inner), ("layers", "expert", "embed", "expert_inner"), dtype)
 
-    def __call__(self, x: jax.Array, layer: jax.Array, wanted: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, layer: Layer, wanted: jax.Array | None = None) -> jax.Array:
         """Run x [tokens, hidden] through the chosen experts: [tokens, hidden].
 
         Where `wanted` [tokens] is false a token chooses none, and no expert is read for it; its row is zero.
@@ -57,22 +57,24 @@ class MoE(nnx.Module):
         run = partial(self._run, layer)
         return on_all_devices(x, ids, weights, self.config.experts, self.topology, run).astype(x.dtype)
 
-    def _run(self, layer: jax.Array, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+    def _run(self, layer: Layer, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         """The experts that this device has (see `ExpertMLP`)."""
         gate_up, down, routed = self.gate_up.get_value(), self.down.get_value(), self.config.experts
+        given = x, ids, weights
         if isinstance(gate_up, MXFP4Weight):
-            return mxfp4_expert_mlp(
-                x, ids, weights, gate_up.codes, gate_up.scales, down.codes, down.scales, layer=layer, routed=routed
-            )
-
+            parts = gate_up.codes, gate_up.scales, down.codes, down.scales
+            return mxfp4_expert_mlp(*given, *parts, layer=layer, routed=routed)
         if isinstance(gate_up, jax.Array):
-            return plain_expert_mlp(x, ids, weights, gate_up, down, layer, routed)
+            return plain_expert_mlp(*given, gate_up, down, layer, routed)
+        stacks, row = (gate_up, down), (layer,)
+        if isinstance(gate_up, ByLayer):
+            stacks, row = (gate_up.layers[layer], down.layers[layer]), ()
 
-        def expert(e: jax.Array) -> tuple[jax.Array, jax.Array]:
-            at = jax.tree.map(lambda w: w[layer, e], (gate_up, down))
-            return dequantize(at[0], x.dtype), dequantize(at[1], x.dtype)
+        def expert(e: ExpertIndex) -> tuple[jax.Array, jax.Array]:
+            at = jax.tree.map(lambda w: w[*row, e], stacks)
+            return inputs_first(at[0], x.dtype), inputs_first(at[1], x.dtype)
 
-        return expert_mlp(x, ids, weights, expert, gate_up.values.shape[1], routed)
+        return expert_mlp(*given, expert, routed // self.topology.cut("expert").width, routed)
 
 
 def route(logits: jax.Array, correction_bias: jax.Array, config: MoeConfig) -> tuple[jax.Array, jax.Array]:

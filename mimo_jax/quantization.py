@@ -1,4 +1,4 @@
-"""Weights as they are stored: MXFP4 codes with e8m0 scales, and FP8 e4m3 with float32 block scales.
+"""Weights as they are held: MXFP4 codes with e8m0 scales, FP8 e4m3 with float32 block scales, and plain ones.
 
 A weight leaf is a plain array [..., out, in] or one of the types here; `dequantize` makes any of them plain.
 """
@@ -40,7 +40,25 @@ class FP8BlockWeight:
     """[..., row tiles, column tiles] float32."""
 
 
-Weight = jax.Array | MXFP4Weight | FP8BlockWeight
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Swapped:
+    """A plain weight [..., out, in] that lies in memory with its inputs first."""
+
+    values: jax.Array
+    """[..., in, out]."""
+
+
+Weight = jax.Array | MXFP4Weight | FP8BlockWeight | Swapped
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ByLayer:
+    """A stack of weights held layer by layer, which plain integers number."""
+
+    layers: tuple[Weight, ...]
+
 
 FP8_COLUMNS = 128
 """Columns in a tile of an FP8 weight; the last tile may be cut short."""
@@ -58,8 +76,17 @@ def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
             rows, columns = values.shape[-2:]
             tiles = jnp.repeat(jnp.repeat(scales, rows // scales.shape[-2], axis=-2), FP8_COLUMNS, axis=-1)
             return (values.astype(jnp.float32) * tiles[..., :columns]).astype(dtype)
+        case Swapped(values):
+            return jnp.swapaxes(values, -1, -2).astype(dtype)
         case _:
             return weight.astype(dtype)
+
+
+def inputs_first(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The same as an array [..., in, out]."""
+    if isinstance(weight, Swapped):
+        return weight.values.astype(dtype)
+    return jnp.swapaxes(dequantize(weight, dtype), -1, -2)
 
 
 def encode_fp8(values: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,7 @@
-"""SwiGLU experts over routed tokens: only the experts that some token chose are touched, one tile of rows at a time."""
+"""SwiGLU experts over routed tokens: only the experts that some token chose are touched, one tile of rows at a time.
+
+Where there are few experts and tokens, all rows go through all experts instead: one large product for many small ones.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,12 +15,15 @@ from pallas_kernels.precision import matmul_precision
 
 MIN_TILE, MAX_TILE = 8, 128
 
+ExpertIndex = jax.Array | slice
+"""An expert's id (scalar int32), or all of them."""
+
 
 def expert_mlp(
     x: jax.Array,
     ids: jax.Array,
     weights: jax.Array,
-    expert: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    expert: Callable[[ExpertIndex], tuple[jax.Array, jax.Array]],
     experts: int,
     routed: int | None = None,
 ) -> jax.Array:
@@ -29,8 +35,9 @@ def expert_mlp(
         x: [tokens, hidden].
         ids: [tokens, top_k] int32, each token's experts, none below 0.
         weights: [tokens, top_k] float32, their routing weights.
-        expert: Given an expert's id (scalar int32), its gate and up [2, inner, hidden] and its down [hidden, inner] in
-            x's dtype. Called once an expert and tile of rows, so packed weights are expanded one expert at a time.
+        expert: Given an expert's id (scalar int32), its gate and up [2, hidden, inner] and its down [inner, hidden] in
+            x's dtype; given a slice of ids, those of all, stacked. Called once an expert and tile of rows, so packed
+            weights are expanded one expert at a time.
         experts: Their number.
         routed: Experts that all ids are spread over, those elsewhere included; decides how many rows run at a time.
             Default: `experts`.
@@ -38,18 +45,33 @@ def expert_mlp(
     Returns:
         [tokens, hidden] float32. No token is dropped, whatever the routing.
     """
+    if x.shape[0] <= MIN_TILE and ids.size >= (routed or experts):
+        # most experts are chosen by some row, and the least tile of each would have as many rows
+        return _all_experts(x, ids, weights, *expert(slice(None)))
     plan = _tiles(ids, experts, routed or experts)
 
     def add_tile(i: jax.Array, out: jax.Array) -> jax.Array:
         e, pair, token = plan.tile(i)
         gate_up, down = expert(e)
         rows = x.at[token].get(mode="fill", fill_value=0)
-        gate, up = _product("ti,goi->gto", rows, gate_up)
-        y = _product("ti,oi->to", (jax.nn.silu(gate) * up).astype(x.dtype), down)
+        gate, up = _product("gti,gio->gto", jnp.broadcast_to(rows, (2, *rows.shape)), gate_up)
+        y = _product("ti,io->to", (jax.nn.silu(gate) * up).astype(x.dtype), down)
         scaled = y.astype(jnp.float32) * weights.reshape(-1)[pair][:, None]
         return out.at[token].add(scaled, mode="drop")
 
     return jax.lax.fori_loop(0, plan.count, add_tile, jnp.zeros(x.shape, jnp.float32))
+
+
+def _all_experts(x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    """`expert_mlp` of gate_up [experts, 2, hidden, inner] and down [experts, inner, hidden]."""
+    experts = gate_up.shape[0]
+    chosen = jax.nn.one_hot(ids, experts, dtype=jnp.float32)  # [tokens, top_k, experts]
+    share = jnp.einsum("tke,tk->et", chosen, weights, precision=jax.lax.Precision.HIGHEST)[..., None]
+    both = _product("egti,egio->egto", jnp.broadcast_to(x, (experts, 2, *x.shape)), gate_up)
+    inner = jax.nn.silu(both[:, 0]) * both[:, 1]
+    y = _product("eti,eio->eto", inner.astype(x.dtype), down)
+    # what an expert that is not chosen gives may be no number
+    return jnp.sum(jnp.where(share != 0, y.astype(jnp.float32) * share, 0.0), axis=0)
 
 
 class _Tiles(NamedTuple):
@@ -100,7 +122,7 @@ def plain_expert_mlp(
     weights: jax.Array,
     gate_up: jax.Array,
     down: jax.Array,
-    layer: jax.Array,
+    layer: jax.Array | int,
     routed: int | None = None,
 ) -> jax.Array:
     """`expert_mlp` on stacked plain weights, of which only the chosen experts of one layer are read; has gradients.
@@ -118,8 +140,8 @@ def plain_expert_mlp(
         [tokens, hidden] float32.
     """
 
-    def expert(e: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return gate_up[layer, e].astype(x.dtype), down[layer, e].astype(x.dtype)
+    def expert(e: ExpertIndex) -> tuple[jax.Array, jax.Array]:
+        return _inputs_first(gate_up[layer, e].astype(x.dtype)), _inputs_first(down[layer, e].astype(x.dtype))
 
     return expert_mlp(x, ids, weights, expert, gate_up.shape[1], routed)
 
@@ -173,7 +195,7 @@ def mxfp4_expert_mlp(
     down_codes: jax.Array,
     down_scales: jax.Array,
     *,
-    layer: jax.Array,
+    layer: jax.Array | int,
     routed: int | None = None,
 ) -> jax.Array:
     """`expert_mlp` on stacked MXFP4 weights, of which only the chosen experts of one layer are read.
@@ -193,11 +215,16 @@ def mxfp4_expert_mlp(
         [tokens, hidden] float32.
     """
 
-    def expert(e: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def expert(e: ExpertIndex) -> tuple[jax.Array, jax.Array]:
         gate_up = mxfp4.decode(gate_up_codes[layer, e], gate_up_scales[layer, e], x.dtype)
-        return gate_up, mxfp4.decode(down_codes[layer, e], down_scales[layer, e], x.dtype)
+        down = mxfp4.decode(down_codes[layer, e], down_scales[layer, e], x.dtype)
+        return _inputs_first(gate_up), _inputs_first(down)
 
     return expert_mlp(x, ids, weights, expert, gate_up_codes.shape[1], routed)
+
+
+def _inputs_first(w: jax.Array) -> jax.Array:
+    return jnp.swapaxes(w, -1, -2)
 
 
 def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.row_tiles import over_row_tiles
 from pallas_kernels.softmax import exponentials, grouped_scores, weighted_values
 
-KEYS_PER_STEP = 1024
+KEYS_PER_STEP = 256
 
 
 def paged_attention(
@@ -20,7 +20,7 @@ def paged_attention(
     block_k: jax.Array,
     block_v: jax.Array,
     *,
-    layer: jax.Array,
+    layer: jax.Array | int,
     page_table: jax.Array,
     lengths: jax.Array,
     sink: jax.Array | None,

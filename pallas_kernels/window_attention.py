@@ -17,7 +17,7 @@ def window_attention(
     block_k: jax.Array,
     block_v: jax.Array,
     *,
-    layer: jax.Array,
+    layer: jax.Array | int,
     lengths: jax.Array,
     visible_keys: int | None,
     causal: bool,

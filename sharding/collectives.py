@@ -58,13 +58,16 @@ class Cut:
 
         Of each part, only its largest value and where it stands are exchanged.
         """
-        at = jnp.argmax(part, axis=-1).astype(jnp.int32)
+        size = part.shape[-1]
+        best = jnp.max(part, axis=-1, keepdims=True)
+        # two reductions of one value each are faster on a CPU than argmax, which reduces pairs; NaN gives the last
+        place = jnp.where(part >= best, jnp.arange(size, dtype=jnp.int32), size - 1)
+        at = jnp.min(place, axis=-1)
         if not self.axes:
             return at
-        best = jnp.take_along_axis(part, at[..., None], axis=-1)
         best = self.gather(best, -1)  # [..., parts]
         winner = jnp.argmax(best, axis=-1, keepdims=True)  # the lowest part of equal ones, which has the lowest ids
-        places = self.gather((at + self.index() * part.shape[-1])[..., None], -1)
+        places = self.gather((at + self.index() * size)[..., None], -1)
         return jnp.take_along_axis(places, winner, axis=-1)[..., 0]
 
     def gather_rows(self, rows: jax.Array) -> jax.Array:

@@ -17,10 +17,11 @@ from mimo_jax.params import Declared
 from mimo_jax.request import SamplingParams
 from mimo_jax.speculative import ModelParams, Models
 from mimo_jax.training import TrainingError
-from mimo_jax.training.drafter_training import DrafterTrainer, block_loss, drafter_step, draw_anchors, gather_ring
+from mimo_jax.training.answers import Answers, read_answers
+from mimo_jax.training.drafter_training import DrafterTrainer, block_loss, drafter_step, draw_anchors
 from mimo_jax.training.initialization import initial_params
 from mimo_jax.training.optimizers import OptimizerConfig, make_optimizer
-from mimo_jax.training.regeneration import answers_as_tokens, read_answers, regenerate
+from mimo_jax.training.regeneration import regenerate
 from tests.models import decoded, tiny_configs, tiny_model
 
 LENGTH = 40
@@ -90,16 +91,6 @@ def test_the_loss_is_that_of_the_blocks_that_decoding_fills(case, rng, gamma, at
     assert float(metrics["accepted_length"]) == pytest.approx(1 + np.cumprod(right, 1).sum() / drawn.sum(), rel=1e-5)
 
 
-def test_gathered_rings_hold_the_newest_positions():
-    context = jnp.arange(2 * 2 * 30, dtype=jnp.float32).reshape(2, 2, 30, 1, 1)
-    row, anchors = jnp.array([0, 1, 1]), jnp.array([3, 9, 29])
-    ring = gather_ring((context, -context), row, anchors, slots=5)
-    for block, (r, t) in enumerate(zip(row.tolist(), anchors.tolist(), strict=True)):
-        for position in range(max(0, t - 5), t):
-            assert ring.k[1, block, position % 5, 0, 0] == context[1, r, position, 0, 0]
-            assert ring.v[0, block, position % 5, 0, 0] == -context[0, r, position, 0, 0]
-
-
 def test_anchors_are_uniform_without_replacement():
     answer = np.zeros((3, 30), bool)
     answer[0, 5:20] = True
@@ -128,14 +119,14 @@ def test_a_drafter_learns_its_backbones_answers(tmp_path):
     prompts = [[int(x) for x in row] for row in np.random.default_rng(0).integers(0, 61, (24, 4))]
     asked = SamplingParams(max_new_tokens=44, ignore_eos=True)
     regenerate(Generator(model), prompts, asked, tmp_path / "answers.jsonl", batch=24)
-    tokens = answers_as_tokens(tmp_path / "answers.jsonl")
+    answers = Answers.read(tmp_path / "answers.jsonl", 61)
     steps = 250
     optimizer = make_optimizer(models.drafter.axes, OptimizerConfig(learning_rate=1e-2, warmup=10), steps)
-    trainer = DrafterTrainer(models.backbone, models.drafter, optimizer, anchors=16)
+    trainer = DrafterTrainer(models.backbone, models.drafter, optimizer, anchors=128)
     state = trainer.start(initial_params(models.drafter, 2, seed=0))
     before = jax.tree.map(np.asarray, params.backbone)
     for step in range(steps):
-        batch = tokens.batch(step, 8, 48, seed=0)
+        batch = answers.batch(step, 8, 64, seed=0)
         state, _ = drafter_step(trainer, state, batch, params.backbone, jax.random.key(step))
     jax.tree.map(np.testing.assert_array_equal, before, params.backbone)  # frozen
     learnt = ModelParams(params.backbone, state.params)
@@ -160,15 +151,40 @@ def test_regeneration_goes_on_where_it_was(tmp_path):
     assert list(read_answers(out)) == whole
     with pytest.raises(TrainingError, match="answers to other prompts"):
         regenerate(generator, prompts[::-1], sampled, out)
-    tokens = answers_as_tokens(out)
-    assert tokens.ids.tolist() == [i for p, a in whole for i in p + a]
-    assert tokens.answer.tolist() == [x for p, a in whole for x in [False] * len(p) + [True] * len(a)]
-    out.write_text(json.dumps({"prompt_ids": [1]}) + "\n")
-    with pytest.raises(TrainingError, match=r"answers\.jsonl:1"):
-        answers_as_tokens(out)
-    out.write_text("")
-    with pytest.raises(TrainingError, match="no answers"):
-        answers_as_tokens(out)
+
+
+def test_answers_in_rows(tmp_path):
+    """An answer a row, from its prompt on; every epoch has all, and batches are of as many tokens."""
+    out = tmp_path / "answers.jsonl"
+    pairs = [([n] * (1 + n), [n] * 9) for n in range(1, 60)] + [([60] * 3, [60] * 300)]
+    out.write_text("".join(json.dumps({"prompt_ids": p, "answer_ids": a}) + "\n" for p, a in pairs))
+    answers = Answers.read(out, 61)
+    seen = [set(), set()]
+    for step in range(2 * 17):
+        batch = answers.batch(step, 2, 128, seed=3)
+        assert batch["ids"].size == batch["answer"].size == 256
+        for ids, answer, length in zip(*batch.values(), strict=True):
+            n = ids[0]
+            prompt, answered = pairs[n - 1]
+            whole = (prompt + answered)[:128]
+            assert ids.tolist() == whole + [0] * (ids.size - length)
+            assert answer.tolist() == [len(prompt) <= i < len(whole) for i in range(ids.size)]
+            seen[step // 17].add(int(n))
+    assert seen == [set(range(1, 61))] * 2
+    again = answers.batch(5, 2, 128, seed=3)
+    np.testing.assert_array_equal(again["ids"], Answers.read(out, 61).batch(5, 2, 128, seed=3)["ids"])
+
+
+def test_damaged_answers_are_refused(tmp_path):
+    out = tmp_path / "answers.jsonl"
+    for text, error in [
+        (json.dumps({"prompt_ids": [1]}) + "\n", r"answers\.jsonl:1"),
+        ("", "no answers"),
+        (json.dumps({"prompt_ids": [1], "answer_ids": [61]}) + "\n", "token 61"),
+    ]:
+        out.write_text(text)
+        with pytest.raises(TrainingError, match=error):
+            Answers.read(out, 61)
 
 
 def test_a_five_layer_drafter_needs_no_context_at_all(rng):
@@ -177,11 +193,12 @@ def test_a_five_layer_drafter_needs_no_context_at_all(rng):
     _, config = tiny_configs()
     deep = Declared(lambda: Drafter(replace(config, num_layers=5), "float32"))
     optimizer = make_optimizer(deep.axes, OptimizerConfig(), 10)
-    trainer = DrafterTrainer(models.backbone, deep, optimizer, anchors=4)
+    trainer = DrafterTrainer(models.backbone, deep, optimizer, anchors=8)
     state = trainer.start(initial_params(deep, 5, seed=0))
     answer = np.zeros((2, 9), bool)
     answer[0, :2] = True  # one candidate in one row, at its beginning
-    batch = {"ids": rng.integers(0, 61, (2, 9)).astype(np.int32), "answer": answer}
+    ids = rng.integers(0, 61, (2, 9)).astype(np.int32)
+    batch = {"ids": ids, "answer": answer, "lengths": np.full(2, 9, np.int32)}
     state, metrics = drafter_step(trainer, state, batch, params.backbone, jax.random.key(0))
     assert np.isfinite(float(metrics["loss"]))
     assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(state.params))

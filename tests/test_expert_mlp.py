@@ -13,7 +13,9 @@ MAGNITUDES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
 @jax.jit
 def run_plain(x, ids, weights, gate_up, down):
-    return expert_mlp(x, ids, weights, lambda e: (gate_up[e], down[e]), gate_up.shape[0])
+    return expert_mlp(
+        x, ids, weights, lambda e: (gate_up[e].swapaxes(-1, -2), down[e].swapaxes(-1, -2)), gate_up.shape[0]
+    )
 
 
 run_packed = jax.jit(mxfp4_expert_mlp)

@@ -68,7 +68,7 @@ def _drafter(steps: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the backbone's checkpoint folder")
     parser.add_argument("--answers", type=Path, required=True, metavar="FILE", help="from `mimo-jax train regenerate`")
-    parser.add_argument("--anchors", type=positive, default=128, metavar="N", help="blocks a row (default: 128)")
+    parser.add_argument("--anchors", type=positive, default=512, metavar="N", help="blocks a step (default: 512)")
     parser.add_argument(
         "--gamma", type=float, default=7.0, help="decay of the weights in a block (default: 7, the release's)"
     )

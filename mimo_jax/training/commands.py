@@ -23,6 +23,7 @@ from mimo_jax.progress import counting_bar
 from mimo_jax.request import SamplingParams
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training import TrainingError
+from mimo_jax.training.answers import Answers
 from mimo_jax.training.backbone_training import BackboneTrainer, backbone_step
 from mimo_jax.training.corpus.mixture import documents
 from mimo_jax.training.drafter_training import DrafterTrainer, drafter_step
@@ -31,11 +32,14 @@ from mimo_jax.training.induction import with_induction
 from mimo_jax.training.initialization import initial_params
 from mimo_jax.training.loop import Run
 from mimo_jax.training.optimizers import OptimizerConfig, TrainState, make_optimizer
-from mimo_jax.training.regeneration import answers_as_tokens, regenerate
+from mimo_jax.training.regeneration import regenerate
 from mimo_jax.training.release import write_drafter, write_plain, write_release
 from mimo_jax.training.tokens import Conversation, Tokens, tokenize
 
 _LEARNT_FROM = 4000  # documents that a tokenizer learns its merges from
+
+_ASKED = {"web": 0.7, "math": 2.5, "code": 2.0, "library": 0.3, "chat": 2.0, "edits": 2.5, "drills": 0.5}
+"""How often a drafter's answers are of each source: no more than a few drills, which are there to pretrain on."""
 
 
 def train_corpus(arguments: argparse.Namespace) -> None:
@@ -70,7 +74,8 @@ def train_backbone(arguments: argparse.Namespace) -> None:
     tokens = Tokens.read(arguments.corpus / "train.safetensors", config.vocab_size)
     optimizer = _optimizer(arguments)
     backbone = Declared(lambda: Backbone(config, "float32"))
-    _check_length(arguments, config, tokens, arguments.length + 1)
+    _check_length(arguments, config)
+    tokens.batch(0, arguments.batch, arguments.length + 1, arguments.seed)  # raises if the text is shorter than a row
     trainer = BackboneTrainer(backbone, make_optimizer(backbone.axes, optimizer, arguments.steps), arguments.qat)
     settings = {"qat": arguments.qat, "start_from": _named(arguments.start_from)}
     run = Run(arguments.out, settings | _settings(arguments, optimizer, tokens))
@@ -114,8 +119,8 @@ def train_drafter(arguments: argparse.Namespace) -> None:
     model = Generator.load(arguments.model, drafter="none", storage="expanded", dtype="float32").model
     config = DrafterConfig.from_hf(hf)
     config.check_fits(model.config)
-    tokens = answers_as_tokens(arguments.answers).checked(model.config.vocab_size, arguments.answers)
-    _check_length(arguments, model.config, tokens, arguments.length)
+    answers = Answers.read(arguments.answers, model.config.vocab_size)
+    _check_length(arguments, model.config)
     optimizer = _optimizer(arguments)
     drafter = Declared(lambda: Drafter(config, "float32"))
     trainer = DrafterTrainer(
@@ -126,13 +131,13 @@ def train_drafter(arguments: argparse.Namespace) -> None:
         gamma=arguments.gamma,
     )
     settings = {"model": _named(arguments.model), "anchors": arguments.anchors, "gamma": arguments.gamma}
-    run = Run(arguments.out, settings | _settings(arguments, optimizer, tokens))
+    run = Run(arguments.out, settings | _settings(arguments, optimizer, answers))
     params = initial_params(drafter, config.num_layers, arguments.seed)
     params["mask_embedding"] = jnp.mean(model.params.backbone["embedding"], axis=0)
     key = jax.random.key(arguments.seed)
 
     def batch(step: int) -> dict[str, Any]:
-        return tokens.batch(step, arguments.batch, arguments.length, arguments.seed) | {"step": step}
+        return answers.batch(step, arguments.batch, arguments.length, arguments.seed) | {"step": step}
 
     def step(state: TrainState, given: dict[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
         number = given.pop("step")
@@ -179,22 +184,21 @@ def _optimizer(arguments: argparse.Namespace) -> OptimizerConfig:
     )
 
 
-def _settings(arguments: argparse.Namespace, optimizer: OptimizerConfig, tokens: Tokens) -> dict[str, Any]:
+def _settings(arguments: argparse.Namespace, optimizer: OptimizerConfig, text: Tokens | Answers) -> dict[str, Any]:
     """What every run is defined by."""
     names = ("preset", "steps", "batch", "length", "seed")
     given = {name: getattr(arguments, name) for name in names}
-    return given | {"optimizer": asdict(optimizer), "text": tokens.digest}
+    return given | {"optimizer": asdict(optimizer), "text": text.digest}
 
 
 def _named(path: Path | None) -> str | None:
     return None if path is None else str(path.absolute())
 
 
-def _check_length(arguments: argparse.Namespace, config: BackboneConfig, tokens: Tokens, window: int) -> None:
-    """Raise, before a run is made, if rows do not fit the model or the text is shorter than one."""
+def _check_length(arguments: argparse.Namespace, config: BackboneConfig) -> None:
+    """Raise, before a run is made, if rows do not fit the model."""
     if arguments.length > config.max_positions:
         raise TrainingError(f"--length {arguments.length} is more than the model's context of {config.max_positions}")
-    tokens.batch(0, arguments.batch, window, arguments.seed)
 
 
 def _trained(folder: Path, like: Params) -> Params:
@@ -207,7 +211,7 @@ def _trained(folder: Path, like: Params) -> Params:
 
 def _prompts(tokenizer: Tokenizer, seed: int) -> Iterator[list[int]]:
     """What the generated documents ask, every turn of a conversation and the beginning of every plain text."""
-    for found in documents(seed=seed):
+    for found in documents(_ASKED, seed):
         if found.text is not None:
             yield tokenizer.encode(found.text)[:32]
         for i, message in enumerate(found.messages):

@@ -1,8 +1,8 @@
 """Training a drafter by self-distillation: blocks at random anchors of the backbone's own answers.
 
 The backbone is frozen and runs once over a sequence; its captured features give every position's context keys and
-values. A block at anchor t then runs through the drafter as in decoding, on a ring gathered from the positions before
-t: what is trained is what is served, and a block costs the same at any context.
+values. A block at anchor t then runs through the drafter as in decoding, on the positions before t: what is trained is
+what is served.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from mimo_jax.backbone import Backbone
-from mimo_jax.cache import RingKV, backbone_cache
+from mimo_jax.cache import SequenceKV, backbone_cache
 from mimo_jax.drafter import Drafter
 from mimo_jax.params import Declared, Params
 from mimo_jax.training.objective import cross_entropy
@@ -28,11 +28,11 @@ class DrafterTrainer:
     drafter: Declared[Drafter]
     optimizer: optax.GradientTransformation
     anchors: int = 512
-    """Blocks a sequence."""
+    """Blocks a step, equally many in each sequence."""
     gamma: float = 7.0
     """Row r of a block weighs exp(-(r - 1) / gamma); 7 is the release's figure, 4 the paper's for blocks of 8."""
     blocks_at_once: int = 128
-    """Blocks whose rings and logits exist at a time."""
+    """Blocks whose attention and logits exist at a time."""
 
     def start(self, params: Params) -> TrainState:
         """The state before the first step."""
@@ -54,21 +54,6 @@ def draw_anchors(key: jax.Array, answer: jax.Array, count: int) -> tuple[jax.Arr
     order = jnp.where(candidate, jax.random.uniform(key, answer.shape), 2.0)
     drawn, anchors = jax.lax.top_k(-order, min(count, answer.shape[1]))
     return anchors.astype(jnp.int32), drawn > -2.0
-
-
-def gather_ring(context: tuple[jax.Array, jax.Array], row: jax.Array, anchors: jax.Array, slots: int) -> RingKV:
-    """The rings that decoding would have at some anchors: slot s of each holds the newest position before it that is
-    s modulo `slots`.
-
-    Args:
-        context: Keys and values [layers, batch, positions, kv_heads, dim] of every position.
-        row: [blocks] int32: each block's row of the batch.
-        anchors: [blocks] int32.
-        slots: The drafter's visible keys less one: all that reading needs.
-    """
-    slot = jnp.arange(slots, dtype=jnp.int32)
-    position = anchors[:, None] - 1 - (anchors[:, None] - 1 - slot) % slots  # [blocks, slots]; negative: not there
-    return RingKV(*(part[:, row[:, None], jnp.maximum(position, 0)] for part in context))
 
 
 def block_loss(
@@ -98,26 +83,25 @@ def block_loss(
     """
     drafter = trainer.drafter.bind(params)
     config, (batch, length) = drafter.config, ids.shape
-    context = drafter.context(captured, jnp.zeros(batch, jnp.int32))
-    visible = config.attention.visible_keys
-    slots = length if visible is None else min(length, visible - 1)
+    context = SequenceKV(*drafter.context(captured, jnp.zeros(batch, jnp.int32)))
 
     rows = jnp.arange(config.block_size, dtype=jnp.int32)[1:]
     weights = jnp.exp(-(rows - 1).astype(jnp.float32) / trainer.gamma)
-    blocks = anchors.size
-    size = min(trainer.blocks_at_once, blocks)
+    blocks = anchors.shape[1]
+    size = min(max(1, trainer.blocks_at_once // batch), blocks)
     chunks = -(-blocks // size)
 
     def cut(x: jax.Array) -> jax.Array:
-        return jnp.pad(x.reshape(-1), (0, chunks * size - blocks)).reshape(chunks, size)
+        """[batch, blocks] to [chunks, batch * size]."""
+        x = jnp.pad(x, ((0, 0), (0, chunks * size - blocks)))
+        return x.reshape(batch, chunks, size).swapaxes(0, 1).reshape(chunks, -1)
 
-    batch_row = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], anchors.shape)
+    row = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), size)
 
     @jax.checkpoint
     def some_blocks(sums: tuple[jax.Array, ...], part: tuple[jax.Array, ...]):
-        row, anchor, counts = part  # [size] each
-        ring = gather_ring(context, row, anchor, slots)
-        hidden = drafter(backbone.embed(ids[row, anchor]), ring, anchor)[:, 1:]  # [size, block - 1, hidden]
+        anchor, counts = part  # [batch * size] each
+        hidden = drafter(backbone.embed(ids[row, anchor]), context, anchor)[:, 1:]  # [batch * size, block - 1, hidden]
         at = anchor[:, None] + rows  # labels stand at the rows' own positions
         inside = jnp.minimum(at, length - 1)
         labelled = counts[:, None] & (at < length) & answer[row[:, None], inside]
@@ -129,9 +113,7 @@ def block_loss(
         return jax.tree.map(jnp.add, sums, tuple(jnp.asarray(n, jnp.float32) for n in new)), None
 
     zero, by_row = jnp.zeros((), jnp.float32), jnp.zeros(rows.size, jnp.float32)
-    sums, _ = jax.lax.scan(
-        some_blocks, (zero, zero, by_row, by_row, zero, zero), (cut(batch_row), cut(anchors), cut(drawn))
-    )
+    sums, _ = jax.lax.scan(some_blocks, (zero, zero, by_row, by_row, zero, zero), (cut(anchors), cut(drawn)))
     loss, weight, right, labelled, prefix, counted = sums
     accuracy = right / jnp.maximum(labelled, 1.0)
     metrics = {f"accuracy_{r + 1}": accuracy[r] for r in range(rows.size)}
@@ -142,13 +124,13 @@ def block_loss(
 def drafter_step(
     trainer: DrafterTrainer, state: TrainState, batch: dict[str, jax.Array], frozen: Params, key: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step on a batch of `ids` and `answer` [batch, length]; the backbone's parameters stay as they are."""
+    """One step on a batch (see `Answers.batch`); the backbone's parameters stay as they are."""
     backbone = trainer.backbone.bind(frozen)
     ids, answer = batch["ids"], batch["answer"]
     cache = backbone_cache(backbone.config, ids.shape[0], 0, 1, "float32")
     capture = trainer.drafter.module.config.target_layer_ids
-    captured = jax.lax.stop_gradient(backbone(ids, cache, capture).captured)
-    anchors, drawn = draw_anchors(key, answer, trainer.anchors)
+    captured = jax.lax.stop_gradient(backbone(ids, cache, capture, batch["lengths"]).captured)
+    anchors, drawn = draw_anchors(key, answer, -(-trainer.anchors // ids.shape[0]))
 
     def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
         return block_loss(trainer, backbone, params, captured, ids, answer, anchors, drawn)

@@ -4,16 +4,17 @@ Answers are appended to a file as they are made, so a run that was stopped goes 
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from mimo_jax.generate import Generator
+from mimo_jax.model import Model
 from mimo_jax.request import SamplingParams
+from mimo_jax.session import Session
 from mimo_jax.training import TrainingError
-from mimo_jax.training.tokens import Tokens
+from mimo_jax.training.answers import read_answers
 
 
 def regenerate(
@@ -25,12 +26,12 @@ def regenerate(
     batch: int = 16,
     progress: Callable[[int], None] = lambda answered: None,
 ) -> None:
-    """Answer prompts, a batch at a time, in order.
+    """Answer prompts, and write the answers in the order of the prompts.
 
     Args:
         generator: The exact serving target: the released weights, as they will be served.
         prompts: Token ids.
-        params: Settings; prompt i is sampled with seed `params.seed` + i.
+        params: Settings, without stop strings and penalties; prompt i is sampled with seed `params.seed` + i.
         out: JSON lines of `prompt_ids` and `answer_ids`; what it holds already is not made again.
         batch: Prompts at a time.
         progress: Told of answers as they are made; first of those that were there.
@@ -42,40 +43,49 @@ def regenerate(
     if done != [list(p) for p in prompts[: len(done)]]:
         raise TrainingError(f"{out}: holds answers to other prompts; choose another file")
     progress(len(done))
+    asked = [_Asked(list(p), replace(params, seed=(params.seed + i) % 2**32)) for i, p in enumerate(prompts)]
+    written = len(done)
     with out.open("a", encoding="utf-8") as file:
-        for start in range(len(done), len(prompts), batch):
-            part = prompts[start : start + batch]
-            settings = [replace(params, seed=(params.seed + start + i) % 2**32) for i in range(len(part))]
-            for completion in generator.generate_batch(part, settings):
-                line = {"prompt_ids": completion.prompt_ids, "answer_ids": completion.token_ids}
+        for finished in _answer(generator.model, asked[written:], batch):
+            progress(finished)
+            while written < len(asked) and asked[written].finished:
+                line = {"prompt_ids": asked[written].prompt, "answer_ids": asked[written].answer}
                 file.write(json.dumps(line) + "\n")
+                written += 1
             file.flush()
-            progress(len(part))
 
 
-def read_answers(path: Path) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompts and answers, in order; a last line that was cut short is left out."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            pair = json.loads(line)
-            yield pair["prompt_ids"], pair["answer_ids"]
-        except (ValueError, KeyError, TypeError):
-            if number > 1 and not line.endswith("}"):
-                return
-            raise TrainingError(f"{path}:{number}: not an object of prompt_ids and answer_ids") from None
+@dataclass
+class _Asked:
+    """A prompt, and as much of its answer as there is."""
+
+    prompt: list[int]
+    params: SamplingParams
+    answer: list[int] = field(default_factory=list)
+    finished: bool = False
 
 
-def answers_as_tokens(path: Path) -> Tokens:
-    """All prompts and answers in one row.
+def _answer(model: Model, asked: Sequence[_Asked], batch: int) -> Iterator[int]:
+    """Finish all answers; gives how many were, every now and then.
 
-    Raises:
-        TrainingError: There are none.
+    A batch would wait for its longest answer. It is left instead when a quarter of its rows go on, which wait for
+    others as long and go on with these. Samples are keyed by seed and position, so an answer is the same in pieces.
     """
-    ids: list[int] = []
-    answer: list[bool] = []
-    for prompt, answered in read_answers(path):
-        ids += prompt + answered
-        answer += [False] * len(prompt) + [True] * len(answered)
-    if not any(answer):
-        raise TrainingError(f"{path}: holds no answers to learn from")
-    return Tokens(np.array(ids, np.int32), np.array(answer, bool))
+    fresh, begun = deque(asked), deque[_Asked]()
+    while fresh or begun:
+        queue = begun if len(begun) >= batch or not fresh else fresh
+        rows = [queue.popleft() for _ in range(min(batch, len(queue)))]
+        left = len(rows) // 4 if fresh or begun else 0
+        settings = [replace(r.params, max_new_tokens=r.params.max_new_tokens - len(r.answer)) for r in rows]
+        session = Session(model, [r.prompt + r.answer for r in rows], settings)
+        step = session.prefill()
+        while True:
+            for row, tokens in zip(rows, step.tokens, strict=True):
+                row.answer += tokens
+            if session.active.sum() <= left:
+                break
+            step = session.step()
+        for row, active in zip(rows, session.active, strict=True):
+            row.finished = not active
+        begun += [row for row in rows if not row.finished]
+        yield sum(row.finished for row in rows)

@@ -1,0 +1,73 @@
+"""Attention of many blocks of a sequence, each over the positions before it and over itself, to train a drafter with.
+
+Decoding has one block a sequence, and the context before it in a ring (`window_attention`). Here blocks share the keys
+of the whole sequence, which are read where they lie: a ring for every block would be gathered, and its gradient
+scattered, at many times the cost of the attention itself.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.softmax import exponentials, grouped_scores, weighted_values
+
+
+def block_attention(
+    q: jax.Array,
+    context_k: jax.Array,
+    context_v: jax.Array,
+    block_k: jax.Array,
+    block_v: jax.Array,
+    *,
+    layer: jax.Array | int,
+    anchors: jax.Array,
+    visible_keys: int | None,
+    causal: bool,
+    sink: jax.Array | None,
+) -> jax.Array:
+    """Attend from each block's rows to the positions before its anchor and to the block.
+
+    Args:
+        q: [batch * blocks, rows, heads, qk_dim], sequence by sequence; row r of block n stands at anchors[n] + r.
+        context_k: [layers, batch, positions, kv_heads, qk_dim].
+        context_v: [layers, batch, positions, kv_heads, v_dim].
+        block_k: [batch * blocks, rows, kv_heads, qk_dim].
+        block_v: [batch * blocks, rows, kv_heads, v_dim].
+        layer: Scalar int32: the row of the context's leading axis to read.
+        anchors: [batch * blocks] int32.
+        visible_keys: A query at position t sees keys after t - visible_keys, itself included; None: all.
+        causal: Whether a row sees only itself and earlier rows of the block.
+        sink: [heads] float32 or None: a logit per head that takes part in the softmax and has no value.
+
+    Returns:
+        [batch * blocks, rows, heads, v_dim] in q's dtype; scores and softmax in float32.
+    """
+    keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (context_k, context_v))
+    batch, positions = keys.shape[:2]
+    rows = q.shape[1]
+
+    def by_sequence(x: jax.Array) -> jax.Array:
+        """[batch * blocks, kv_heads, group, rows, keys] to [batch, kv_heads, group, blocks * rows, keys]."""
+        x = x.reshape(batch, -1, *x.shape[1:])
+        return x.transpose(0, 2, 3, 1, 4, 5).reshape(batch, *x.shape[2:4], -1, x.shape[5])
+
+    def by_block(x: jax.Array) -> jax.Array:
+        """The way back."""
+        x = x.reshape(*x.shape[:3], -1, rows, x.shape[4])
+        return x.transpose(0, 3, 1, 2, 4, 5).reshape(-1, *x.shape[1:3], *x.shape[4:])
+
+    row = jnp.arange(rows, dtype=jnp.int32)
+    at = anchors.reshape(batch, -1, 1)
+    position = jnp.arange(positions, dtype=jnp.int32)
+    in_context = jnp.broadcast_to((position < at)[:, :, None], (*at.shape[:2], rows, positions))
+    in_block = row <= row[:, None] if causal else jnp.ones((rows, rows), bool)
+    if visible_keys is not None:
+        in_context = in_context & ((at + row)[..., None] - position < visible_keys)
+        in_block = in_block & (row[:, None] - row < visible_keys)
+
+    context = grouped_scores(q.reshape(batch, -1, *q.shape[2:]), keys)
+    context = jnp.where(in_context.reshape(batch, 1, 1, -1, positions), context, -jnp.inf)
+    own = by_sequence(jnp.where(in_block, grouped_scores(q, block_k), -jnp.inf))
+    _, weights, total = exponentials(jnp.concatenate([context, own], axis=-1), sink)
+    weights = weights / total
+    out = weighted_values(weights[..., :positions], values).reshape(*q.shape[:3], -1)
+    return (out + weighted_values(by_block(weights[..., positions:]), block_v)).astype(q.dtype)
