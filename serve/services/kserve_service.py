@@ -7,7 +7,7 @@ JSON object); the latter two may also be parameters of the request. The answer i
 import asyncio
 import json
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from importlib.metadata import version
 from typing import Any
@@ -115,7 +115,7 @@ class KServeService(GRPCInferenceServiceServicer):
             async for request in requests:
                 group.create_task(answer(request))
 
-    async def _stream(self, request: Any, context: ServicerContext) -> Any:
+    async def _stream(self, request: Any, context: ServicerContext) -> AsyncGenerator[Any, None]:
         try:
             if not self._serves(request.model_name, request.model_version):
                 raise InvalidRequest(self._unknown(request.model_name, request.model_version))
@@ -210,7 +210,7 @@ def _sampling(text: str) -> pb.Sampling:
         given = json.loads(text)
         if not isinstance(given, dict):
             raise InvalidRequest("sampling_parameters must be a JSON object")
-        named = {_ALIASES.get(name, name): value for name, value in given.items()}
+        named = {_ALIASES[name] if name in _ALIASES else name: value for name, value in given.items()}
         if isinstance(named.get("stop"), str):
             named["stop"] = [named["stop"]]
         return ParseDict(named, pb.Sampling())
