@@ -210,7 +210,7 @@ def _sampling(text: str) -> pb.Sampling:
         given = json.loads(text)
         if not isinstance(given, dict):
             raise InvalidRequest("sampling_parameters must be a JSON object")
-        named = {_ALIASES.get(name, name): value for name, value in given.items()}
+        named = {_ALIASES[name] if name in _ALIASES else name: value for name, value in given.items()}
         if isinstance(named.get("stop"), str):
             named["stop"] = [named["stop"]]
         return ParseDict({str(name): value for name, value in named.items()}, pb.Sampling())
