@@ -210,10 +210,11 @@ def _sampling(text: str) -> pb.Sampling:
         given = json.loads(text)
         if not isinstance(given, dict):
             raise InvalidRequest("sampling_parameters must be a JSON object")
-        named = {_ALIASES[name] if name in _ALIASES else name: value for name, value in given.items()}
-        if isinstance(named.get("stop"), str):
-            named["stop"] = [named["stop"]]
-        return ParseDict({str(name): value for name, value in named.items()}, pb.Sampling())
+        if isinstance(given.get("stop"), str):
+            given["stop"] = [given["stop"]]
+        for alias in _ALIASES.keys() & given.keys():
+            given[_ALIASES[alias]] = given.pop(alias)
+        return ParseDict(given, pb.Sampling())
     except (ValueError, ParseError, RecursionError) as error:
         raise InvalidRequest(f"sampling_parameters: {error}") from error
 

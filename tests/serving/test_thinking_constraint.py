@@ -76,7 +76,7 @@ def test_a_prompt_that_opened_the_thinking(compiler):
 
 
 def test_advancing_in_any_portions_is_the_same(compiler):
-    tokens = [OPEN, *ids("hm, a<"), CLOSE, *ids('{"a": 1')]
+    tokens = [OPEN, *ids("hm, a<"), CLOSE, *ids('{"a":1')]
     constraint = AfterThinking(compiler.compile("json_schema", "{}"), Thinking.BEFORE, TOKENIZER, EOS)
     expected = allowed(constraint, tokens)[-1]
     assert expected < EVERYTHING
