@@ -201,7 +201,7 @@ class _Reader:
 
     def __init__(self, completion: Completion, params: SamplingParams, model: Model):
         self.completion, self.params = completion, params
-        self._eos = set(params.stop_token_ids) | (set() if params.ignore_eos else set(model.eos_ids))
+        self._eos = params.stops(model.eos_ids)
         self._decoder = StreamDecoder(model.tokenizer) if model.tokenizer else None
         self._stops = StopStrings(params.stop)
         completion.stats.prompt_tokens = len(completion.prompt_ids)

@@ -1,7 +1,7 @@
 """What a person asks for: sampling settings of one request, and a batch of them as the arrays programs take."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,10 @@ class SamplingParams:
             raise ValueError("a stop string must not be empty")
         if not all(math.isfinite(b) for b in self.logit_bias.values()):
             raise ValueError("logit_bias values must be finite numbers")
+
+    def stops(self, eos_ids: Collection[int]) -> set[int]:
+        """Token ids that end the output of a model with these end-of-text tokens."""
+        return {*self.stop_token_ids, *(() if self.ignore_eos else eos_ids)}
 
 
 _LIMITS: dict[str, tuple[float, float]] = {
@@ -117,7 +121,7 @@ def batch_requests(
 
     Ids must be in the vocabulary (`check_requests`).
     """
-    stop_ids = [sorted({*p.stop_token_ids, *(() if p.ignore_eos else eos_ids)}) for p in params]
+    stop_ids = [sorted(p.stops(eos_ids)) for p in params]
     biased = [sorted(p.logit_bias.items()) for p in params]
     seen: Any = np.zeros((len(prompts), vocab_size), bool)
     for row, prompt in enumerate(prompts):

@@ -222,7 +222,7 @@ def prefill_rows(
     """`speculative.prefill` of some slots."""
     slots, state, requests = _taken(slots, rows)
     state, done = prefill(models, params, state, requests, chunk, masks.words, top_logprobs=top_logprobs)
-    return _put_back(slots, rows, state), done
+    return _put_back(slots, rows, state), _one(done)
 
 
 @partial(jax.jit, static_argnames=("models", "rounds", "verify_length", "top_logprobs"), donate_argnames="slots")
@@ -264,11 +264,16 @@ def verify_rows(
     *,
     top_logprobs: int,
 ) -> tuple[Slots, Rounds]:
-    """The rest of a round whose drafts the host has seen; `Rounds` of one round, without the leading axis."""
+    """The rest of a round whose drafts the host has seen."""
     slots, state, requests = _taken(slots, rows)
     state, done = verify(models, params, state, requests, drafts.tokens, masks=masks.words, top_logprobs=top_logprobs)
     groups = models.topology.cut("batch")
-    return _put_back(slots, rows, state), jax.tree.map(lambda x: groups.gather(x, 0), done)
+    return _put_back(slots, rows, state), _one(jax.tree.map(lambda x: groups.gather(x, 0), done))
+
+
+def _one(done: Rounds) -> Rounds:
+    """One round with the leading axis of many."""
+    return jax.tree.map(lambda x: x[None], done)
 
 
 def _taken(slots: Slots, rows: Rows) -> tuple[Slots, DecodeState, Requests]:

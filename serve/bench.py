@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import json
-import os
 import sys
 import uuid
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from mimo_jax.progress import counting_bar, output_console, require_matplotlib
 from mimo_jax.tokenizer import Tokenizer
 from serve.bench_client import Answer, Ask, Question, Server, connected, run
 from serve.bench_report import Report, draw, headline, summarize, tables
+from serve.channel import above_zero, connection_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,16 +104,6 @@ def _show(report: Report, described: dict[str, Any], arguments: argparse.Namespa
         arguments.json.write_text(json.dumps(whole, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def _above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
-    return value
-
-
 def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
@@ -126,13 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Send the frozen prompts to a running server and measure time to first token, time between tokens, "
         "throughput and what speculation gives.",
     )
-    server = parser.add_argument_group("server")
-    server.add_argument("--address", default="127.0.0.1:30000", metavar="HOST:PORT", help="default: 127.0.0.1:30000")
-    server.add_argument(
-        "--api-key", default=os.environ.get("MIMO_API_KEY"), metavar="KEY", help="default: MIMO_API_KEY, if it is set"
-    )
-    server.add_argument("--ca-file", type=Path, metavar="FILE", help="use TLS, and trust these authorities (PEM)")
-    server.add_argument("--connect-timeout", type=_above_zero, default=10.0, metavar="S", help="default: 10")
+    server = connection_arguments(parser, "--address")
     server.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the one that the server hands out")
     asked = parser.add_argument_group("requests")
     asked.add_argument(
@@ -144,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     asked.add_argument(
         "--request-rate",
-        type=_above_zero,
+        type=above_zero,
         metavar="R",
         help="requests a second, at random times (default: as they fit)",
     )

@@ -20,8 +20,7 @@ from smg_grpc_proto.generated.sglang_scheduler_pb2_grpc import SglangSchedulerSt
 
 from mimo_jax.stats import DecodeStats
 from mimo_jax.tokenizer import Tokenizer
-
-_OPTIONS = [("grpc.max_receive_message_length", 256 << 20)]
+from serve.channel import key_metadata, open_channel
 
 
 @dataclass(frozen=True)
@@ -186,17 +185,13 @@ async def connected(
     Raises:
         OSError: Nobody listens there.
     """
-    metadata = [("authorization", f"Bearer {api_key}")] if api_key else []
-    if ca_file is None:
-        channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
-    else:
-        channel = grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca_file.read_bytes()), options=_OPTIONS)
+    channel = open_channel(grpc.aio, address, ca_file)
     async with channel:
         try:
             await asyncio.wait_for(channel.channel_ready(), timeout)
         except TimeoutError:
             raise OSError(f"no gRPC server answers at {address} within {timeout:g} s") from None
-        yield Server(channel, metadata)
+        yield Server(channel, key_metadata(api_key))
 
 
 async def run(

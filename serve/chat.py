@@ -1,15 +1,14 @@
 """`mimo-serve chat`: talk to a running server in a terminal."""
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
 from contextlib import closing, suppress
-from pathlib import Path
 
 from rich.console import Console
 
+from serve.channel import connection_arguments
 from serve.chat_client import Conversation, ServerError, Turn, connected
 from serve.protos.mimo.serve.v1 import generation_pb2 as pb
 
@@ -169,16 +168,6 @@ def _sampling(arguments: argparse.Namespace) -> pb.Sampling:
     )
 
 
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
-    return value
-
-
 def _natural(text: str) -> int:
     if not text.isdecimal() or int(text) >= 1 << 32:
         raise argparse.ArgumentTypeError(f"must be a whole number below 4294967296, not {text!r}")
@@ -189,13 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mimo-serve chat", description="Talk to a running server. Thinking is dimmed; ctrl-C breaks an answer off."
     )
-    server = parser.add_argument_group("server")
-    server.add_argument("--connect", default="127.0.0.1:30000", metavar="HOST:PORT", help="default: 127.0.0.1:30000")
-    server.add_argument(
-        "--api-key", default=os.environ.get("MIMO_API_KEY"), metavar="KEY", help="default: MIMO_API_KEY, if it is set"
-    )
-    server.add_argument("--ca-file", type=Path, metavar="FILE", help="use TLS, and trust these authorities (PEM)")
-    server.add_argument("--connect-timeout", type=_seconds, default=10.0, metavar="S", help="default: 10")
+    connection_arguments(parser, "--connect")
     asked = parser.add_argument_group("conversation (default: as the server does)")
     asked.add_argument("--prompt", metavar="TEXT", help="print the answer to this, and leave")
     asked.add_argument("--system", default="", metavar="TEXT", help="what the model is told first")

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from serve.channel import key_metadata, open_channel
 from serve.protos.mimo.serve.v1 import generation_pb2 as pb
 from serve.protos.mimo.serve.v1.generation_pb2_grpc import GenerationStub
 
@@ -142,11 +143,7 @@ def connected(address: str, *, api_key: str | None, ca_file: Path | None, timeou
         ServerError: Nobody listens there within `timeout` seconds.
         OSError: The file cannot be read.
     """
-    options = [("grpc.max_receive_message_length", 256 << 20)]
-    if ca_file is None:
-        channel = grpc.insecure_channel(address, options)
-    else:
-        channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(ca_file.read_bytes()), options)
+    channel = open_channel(grpc, address, ca_file)
     with channel:
         try:
             grpc.channel_ready_future(channel).result(timeout)
@@ -155,4 +152,4 @@ def connected(address: str, *, api_key: str | None, ca_file: Path | None, timeou
                 f"no gRPC server answers at {address} within {timeout:g} s: start one with mimo-serve, or name its "
                 "address with --connect HOST:PORT"
             ) from None
-        yield Server(address, channel, [("authorization", f"Bearer {api_key}")] if api_key else [])
+        yield Server(address, channel, key_metadata(api_key))

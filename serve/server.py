@@ -4,8 +4,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 from smg_grpc_proto.generated.sglang_scheduler_pb2_grpc import add_SglangSchedulerServicer_to_server
 
@@ -36,7 +35,9 @@ _GRACE_SECONDS = 2.0
 
 def run(options: ServerOptions) -> int:
     """Serve until told to end, or follow the process that serves; the exit status."""
-    with _joined(options):
+    if options.group:
+        logger.info("%s", options.group)
+    with joined(options.group, options.dist_timeout) if options.group else nullcontext():
         if options.process:
             # those who end the group tell all of it; this process has to be there until the first has ended
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -46,16 +47,6 @@ def run(options: ServerOptions) -> int:
             follow(executor)
             return 0
         return asyncio.run(_Server(options).serve())
-
-
-@contextmanager
-def _joined(options: ServerOptions) -> Iterator[None]:
-    if options.group is None:
-        yield
-        return
-    logger.info("%s", options.group)
-    with joined(options.group, options.dist_timeout):
-        yield
 
 
 def _tokenizer(options: ServerOptions) -> Tokenizer | None:
@@ -94,15 +85,17 @@ class _Server:
         metrics = Metrics(
             options.served_model_name, self.engine.load, options.verify_length - 1, prefix=options.metrics_prefix
         )
+        tokenizer = _tokenizer(options)
         sidecar = HttpSidecar(self.engine)
         sidecar.show(metrics)
-        building = asyncio.create_task(asyncio.to_thread(build_engine, options, metrics, self._say, self._failed))
+        building = asyncio.create_task(
+            asyncio.to_thread(build_engine, options, metrics, tokenizer, self._say, self._failed)
+        )
         ending = asyncio.create_task(self._ending.wait())
         grpc: GrpcServer | None = None
         endpoint = options.otlp_traces_endpoint
         tracer = Tracer(endpoint, options.served_model_name) if endpoint else None
         try:
-            tokenizer = _tokenizer(options)
             service = SchedulerService(
                 self.engine,
                 options.model,

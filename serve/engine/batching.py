@@ -72,13 +72,14 @@ class Device(Protocol):
 class _Flight:
     """A dispatched program whose result somebody waits for."""
 
-    kind: str
     result: Any
+    """`Rounds`."""
     of: list[Sequence | None]
     tokens: int
     """Real ones that the program worked on."""
     padded: int
     rounds: int
+    """Verify passes; 0: a prefill."""
     begun: float
 
 
@@ -322,28 +323,28 @@ class BatchingEngine:
                     sequence.request.trace.prefilling()
             run(build.admit(admission))
         if step.constrained:
-            command, of = build.decode(step.constrained, "draft")
+            command, drafting = build.decode(step.constrained, "draft")
             drafts = run(command)
         if step.prefill:
             command, of = build.prefill(step.prefill, step.prefill_size, self._first_mask)
             last = {id(row.sequence) for row in step.prefill if row.last}
             waiting = [s if s is not None and id(s) in last else None for s in of]
-            flights.append(self._flight("prefill", command, waiting, sum(row.count for row in step.prefill), 0))
+            flights.append(self._flight(command, waiting, sum(row.count for row in step.prefill), 0))
             for save in step.saves:
                 run(build.save(save))
         if step.decode:
             command, of = build.decode(step.decode)
             length, rounds = self._device.sizes.verify_length, self._device.sizes.rounds
-            flights.append(self._flight("decode", command, of, len(step.decode) * length * rounds, rounds))
+            flights.append(self._flight(command, of, len(step.decode) * length * rounds, rounds))
         if step.constrained:
-            flights.append(self._constrained(step.constrained, self._device.fetch(drafts)))
+            flights.append(self._constrained(step.constrained, drafting, self._device.fetch(drafts)))
         return flights
 
-    def _flight(self, kind: str, command: Command, of: list, tokens: int, rounds: int) -> _Flight:
+    def _flight(self, command: Command, of: list, tokens: int, rounds: int) -> _Flight:
         begun = time.monotonic()
         bucket, length = command.bucket, self._device.sizes.verify_length
         padded = bucket.rows * self._device.sizes.groups * (bucket.tokens or length * rounds)
-        return _Flight(kind, self._device.run(command), of, tokens, padded - tokens, rounds, begun)
+        return _Flight(self._device.run(command), of, tokens, padded - tokens, rounds, begun)
 
     def _first_mask(self, row: Row) -> Any:
         constraint = row.sequence.constraint
@@ -353,16 +354,16 @@ class BatchingEngine:
         self._masked(row.sequence, [], masks)
         return masks[0]
 
-    def _constrained(self, rows: list[Row], drafts: Any) -> _Flight:
-        """Verify drafts under the masks of what may follow them."""
+    def _constrained(self, rows: list[Row], of: list[Sequence | None], drafts: Any) -> _Flight:
+        """Verify the drafts of the program's every row under the masks of what may follow them."""
         build, length = self._device.builder, self._device.sizes.verify_length
         masks = build.no_masks(len(drafts), length)
-        _, of = build.decode(rows, "draft")
         for i, sequence in enumerate(of):
             if sequence is not None and sequence.stage is Stage.RUNNING:
                 self._masked(sequence, drafts[i].tolist(), masks[i])
-        command, of = build.verify([replace(row, pages=[]) for row in rows], drafts, masks)
-        return self._flight("decode", command, of, len(rows) * length, 1)
+        # the pages came with the drafts
+        command, _ = build.verify([replace(row, pages=[]) for row in rows], drafts, masks)
+        return self._flight(command, of, len(rows) * length, 1)
 
     def _masked(self, sequence: Sequence, drafts: list[int], masks: Any) -> None:
         assert sequence.constraint is not None
@@ -375,14 +376,11 @@ class BatchingEngine:
     def _land(self, flights: list[_Flight]) -> None:
         """Take the results of a step."""
         for flight in flights:
-            done: Rounds = self._device.fetch(flight.result)
+            rounds: Rounds = self._device.fetch(flight.result)
             now = time.monotonic()
             self._beat = now
-            self._metrics.step(
-                "prefill" if flight.kind == "prefill" else "decode", now - flight.begun, flight.tokens, flight.padded
-            )
-            many = done.counts.ndim == 2
-            rounds = done if many else _stacked(done)
+            kind = "decode" if flight.rounds else "prefill"
+            self._metrics.step(kind, now - flight.begun, flight.tokens, flight.padded)
             for i, sequence in enumerate(flight.of):
                 if sequence is not None:
                     sequence.in_flight -= 1
@@ -403,7 +401,7 @@ class BatchingEngine:
             accepted = int(rounds.accepted[r, row]) if flight.rounds else 0
             drafted = length - 1 if flight.rounds else 0
             first = not sequence.last_token_at
-            self._scheduler.took(sequence, tokens)
+            sequence.tokens.extend(tokens)
             if flight.rounds:
                 sequence.rounds, sequence.drafted = sequence.rounds + 1, sequence.drafted + drafted
                 sequence.accepted += accepted
@@ -423,8 +421,7 @@ class BatchingEngine:
             if sequence.constraint is not None:
                 sequence.constraint.advance(tokens)
             if not rounds.active[r, row]:
-                ends = {*sequence.sampling.stop_token_ids, *(() if sequence.sampling.ignore_eos else self.info.eos_ids)}
-                if tokens[-1] in ends:
+                if tokens[-1] in sequence.sampling.stops(self.info.eos_ids):
                     self._finish(sequence, "stop", tokens[-1], exact=True)
                 else:
                     self._finish(sequence, "length", exact=True)
@@ -471,13 +468,6 @@ class BatchingEngine:
 def _put_all(batch: list[tuple[EventStream, list]]) -> None:
     for stream, events in batch:
         stream.put(events)
-
-
-def _stacked(done: Rounds) -> Rounds:
-    """One round with the leading axis of many."""
-    import jax
-
-    return jax.tree.map(lambda x: x[None], done)
 
 
 def _logprobs(rounds: Rounds, r: int, row: int, count: int, request: GenerationRequest) -> list[TokenLogprobs]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mimo_jax.model import Model, load_model
 from mimo_jax.progress import loading_bar
+from mimo_jax.tokenizer import Tokenizer
 from serve.engine.batching import BatchingEngine
 from serve.engine.budget import plan_sizes
 from serve.engine.commands import Command, all_buckets
@@ -25,7 +26,6 @@ class Built:
 
     engine: BatchingEngine
     model: Model
-    executor: Executor
     leading: LeadingExecutor | None
 
 
@@ -64,6 +64,7 @@ def build_executor(
 def build_engine(
     options: ServerOptions,
     metrics: Metrics,
+    tokenizer: Tokenizer | None,
     say: Callable[[str], None],
     failed: Callable[[BaseException], None],
 ) -> Built:
@@ -72,6 +73,7 @@ def build_engine(
     Args:
         options: Of the server.
         metrics: Of the engine.
+        tokenizer: That text is read and written with, if there is one.
         say: Told what is being done, for people.
         failed: See `BatchingEngine`.
     """
@@ -103,7 +105,7 @@ def build_engine(
         device,
         info,
         metrics,
-        model.tokenizer,
+        tokenizer,
         overlap=options.overlap,
         watchdog=options.watchdog_timeout,
         failed=failed,
@@ -119,4 +121,4 @@ def build_engine(
             device.fetch(device.run(Command(bucket, executor.builder.template(bucket))))
     ready[0] = options.precompile
     metrics.started(time.monotonic() - begun)
-    return Built(engine, model, executor, leading)
+    return Built(engine, model, leading)

@@ -109,31 +109,30 @@ class CommandBuilder:
             size: Rows of a group, and tokens.
             mask: What the first token of a constrained row may be: [words] int32, or None.
         """
-        wide, tokens = size
-        taken, at, of = self._rows(rows, wide, -(-tokens // self.sizes.page_size) + 1)
-        ids: Any = np.zeros((len(of), tokens), np.int32)
+        bucket = Bucket("prefill", *size)
+        taken, at, of = self._rows(rows, bucket)
+        ids: Any = np.zeros((len(of), bucket.tokens), np.int32)
         counts: Any = np.zeros(len(of), np.int32)
         last: Any = np.zeros(len(of), bool)
-        masks: Any = np.full((len(of), 1, self.words), -1, np.int32)
+        masks = self.no_masks(len(of), 1)
         for row, i in zip(rows, at, strict=True):
             ids[i, : row.count] = row.sequence.tokens[row.start : row.start + row.count]
             counts[i], last[i] = row.count, row.last
             if row.last and (words := mask(row)) is not None:
                 masks[i, 0] = words
-        return Command(Bucket("prefill", wide, tokens), (taken, PromptChunk(ids, counts, last), Masks(masks))), of
+        return Command(bucket, (taken, PromptChunk(ids, counts, last), Masks(masks))), of
 
     def decode(self, rows: Sequence[Row], program: Literal["decode", "draft"] = "decode") -> tuple[Command, list]:
         """Rounds; or only the drafts of one."""
-        wide = self._wide(rows)
-        new = self.sizes.round_tokens if program == "decode" else self.sizes.verify_length
-        taken, _, of = self._rows(rows, wide, -(-new // self.sizes.page_size) + 1)
-        return Command(Bucket(program, wide), (taken,)), of
+        bucket = Bucket(program, self._wide(rows))
+        taken, _, of = self._rows(rows, bucket)
+        return Command(bucket, (taken,)), of
 
     def verify(self, rows: Sequence[Row], drafts: Any, masks: Any) -> tuple[Command, list]:
         """The rest of a round whose drafts [rows of the program, verify_length - 1] are known, under masks."""
-        wide = self._wide(rows)
-        taken, _, of = self._rows(rows, wide, -(-self.sizes.verify_length // self.sizes.page_size) + 1)
-        return Command(Bucket("verify", wide), (taken, Drafts(drafts), Masks(masks))), of
+        bucket = Bucket("verify", self._wide(rows))
+        taken, _, of = self._rows(rows, bucket)
+        return Command(bucket, (taken, Drafts(drafts), Masks(masks))), of
 
     def template(self, bucket: Bucket) -> tuple[Any, ...]:
         """Arguments of the right shapes that ask for nothing."""
@@ -146,12 +145,10 @@ class CommandBuilder:
                 return self.prefill([], (bucket.rows, bucket.tokens), lambda _: None)[0].arguments
             case "verify":
                 batch, length = bucket.rows * self.sizes.groups, self.sizes.verify_length
-                rows = self._rows([], bucket.rows, -(-length // self.sizes.page_size) + 1)[0]
                 drafts: Any = np.zeros((batch, length - 1), np.int32)
-                return rows, Drafts(drafts), Masks(self.no_masks(batch, length))
+                return self._rows([], bucket)[0], Drafts(drafts), Masks(self.no_masks(batch, length))
             case "decode" | "draft":
-                new = self.sizes.round_tokens if bucket.program == "decode" else self.sizes.verify_length
-                return (self._rows([], bucket.rows, -(-new // self.sizes.page_size) + 1)[0],)
+                return (self._rows([], bucket)[0],)
 
     def no_masks(self, batch: int, rows: int) -> Any:
         """Masks [batch, rows, words] that allow everything."""
@@ -162,16 +159,20 @@ class CommandBuilder:
         most = max(sum(row.group == g for row in rows) for g in range(self.sizes.groups))
         return min(size for size in row_sizes(self.sizes.slots) if size >= most)
 
-    def _rows(self, rows: Sequence[Row], wide: int, most: int) -> tuple[Rows, list[int], list]:
+    def _rows(self, rows: Sequence[Row], bucket: Bucket) -> tuple[Rows, list[int], list]:
         """Rows as arrays with the groups one after another, where each row is, and whose every row is."""
-        batch = wide * self.sizes.groups
+        batch = bucket.rows * self.sizes.groups
+        positions = bucket.tokens or (
+            self.sizes.round_tokens if bucket.program == "decode" else self.sizes.verify_length
+        )
+        most = -(-positions // self.sizes.page_size) + 1  # they may begin and end inside a page
         slots: Any = np.full(batch, self.sizes.slots, np.int32)
         first: Any = np.zeros(batch, np.int32)
         pages: Any = np.full((batch, most), -1, np.int32)
         of: list = [None] * batch
         at, used = [], [0] * self.sizes.groups
         for row in rows:
-            i = row.group * wide + used[row.group]
+            i = row.group * bucket.rows + used[row.group]
             used[row.group] += 1
             at.append(i)
             of[i] = row.sequence

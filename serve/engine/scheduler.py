@@ -6,7 +6,6 @@ the order in which they were planned, so a page or a slot that is given on was r
 """
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from serve.engine.pages import PagePool
@@ -129,10 +128,6 @@ class Scheduler:
         self._admit(step)
         self._plan_prefill(step)
         return step
-
-    def took(self, sequence: Sequence, tokens: Iterable[int]) -> None:
-        """A result came back: tokens of a sequence that stand."""
-        sequence.tokens.extend(tokens)
 
     def finish(self, sequence: Sequence, exact: bool) -> None:
         """A sequence is over; its slot and pages are free.

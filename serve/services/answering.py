@@ -13,8 +13,8 @@ from mimo_jax.request import SamplingParams
 from mimo_jax.tokenizer import Tokenizer
 from serve.generation import Engine, Event, Finished, GenerationRequest, RoundTokens, TokenLogprobs, Usage
 from serve.protos.mimo.serve.v1 import generation_pb2 as pb
+from serve.services.constraints import Compiler
 from serve.services.limits import deadline
-from serve.services.scheduler_request import Compiler
 from serve.services.seeds import derived_seed
 from serve.services.text_request import Prompt, read_request
 from serve.text.answer import Answer

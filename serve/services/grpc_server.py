@@ -1,6 +1,5 @@
 """The gRPC server: services, health, reflection, keys and ports put together."""
 
-import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +9,10 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 
+from serve.channel import MAX_MESSAGE_BYTES
 from serve.generation import Engine
 from serve.services.health import HealthService
-from serve.services.limits import MAX_MESSAGE_BYTES
 from serve.services.security import KeyInterceptor
-
-logger = logging.getLogger(__name__)
 
 _OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

@@ -8,7 +8,6 @@ from grpc.aio import ServicerContext
 from mimo_jax.slots import MAX_LOGIT_BIASES, MAX_STOP_IDS
 from serve.generation import MAX_TOP_LOGPROBS, InvalidRequest
 
-MAX_MESSAGE_BYTES = 256 << 20
 MAX_SAMPLES = 128
 """Samples of one prompt."""
 MAX_STOP_STRINGS = 16

@@ -1,12 +1,13 @@
 """What a message of SGLang's scheduler service asks for."""
 
-from typing import Any, Protocol
+from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 from smg_grpc_proto.generated import sglang_scheduler_pb2 as pb
 
 from mimo_jax.request import SamplingParams
-from serve.generation import Constraint, EngineInfo, GenerationRequest, InvalidRequest, Unsupported
+from serve.generation import EngineInfo, GenerationRequest, InvalidRequest, Unsupported
+from serve.services.constraints import Compiler, compiled
 from serve.services.limits import check_limits
 from serve.services.seeds import derived_seed
 
@@ -17,14 +18,6 @@ CONSTRAINTS = {
     "structural_tag": "structural_tag",
 }
 """Kinds of constraint, by the field that asks for one."""
-
-
-class Compiler(Protocol):
-    """What makes constraints (see `serve.constraint.ConstraintCompiler`)."""
-
-    def compile(self, kind: Any, text: str) -> Constraint:
-        """Raises `InvalidRequest` for a bad one."""
-        ...
 
 
 def read_request(
@@ -83,11 +76,6 @@ def read_request(
         )
     except ValueError as error:
         raise InvalidRequest(f"sampling_params: {error}") from None
-    constraint = None
-    if grammar is not None:
-        if compiler is None:
-            raise Unsupported("this server does not constrain its output (--grammar-backend none)")
-        constraint = compiler.compile(CONSTRAINTS[kind], grammar)
     return GenerationRequest(
         request_id=message.request_id,
         prompt_ids=prompt,
@@ -95,7 +83,7 @@ def read_request(
         n=given.n or 1,
         logprobs=message.return_logprob,
         top_logprobs=message.top_logprobs_num if message.return_logprob else 0,
-        constraint=constraint,
+        constraint=compiled(compiler, CONSTRAINTS[kind] if kind else None, grammar),
         deadline=deadline,
     )
 
@@ -111,9 +99,7 @@ def _refuse_unsupported(message: pb.GenerateRequest) -> None:
         "token_ids_logprob": bool(message.token_ids_logprob),
         "sampling_params.min_new_tokens": message.sampling_params.min_new_tokens > 0,
         "logprob_start_len (log-probabilities of the prompt)": message.return_logprob
-        and 0 <= message.logprob_start_len < len(message.tokenized.input_ids) - 1
-        and message.HasField("tokenized")
-        and message.logprob_start_len > 0,
+        and 0 < message.logprob_start_len < len(message.tokenized.input_ids) - 1,
     }
     for name, given in asked.items():
         if given:

@@ -22,8 +22,9 @@ from smg_grpc_proto.generated.sglang_scheduler_pb2_grpc import SglangSchedulerSe
 
 from serve.generation import Engine, Finished, RoundTokens, Status, TokenLogprobs
 from serve.logs import RequestLog
+from serve.services.constraints import Compiler
 from serve.services.limits import deadline
-from serve.services.scheduler_request import Compiler, read_request
+from serve.services.scheduler_request import read_request
 from serve.services.status import statuses
 from serve.tracing import Tracer
 

@@ -12,11 +12,10 @@ from serve.generation import (
     EngineInfo,
     GenerationRequest,
     InvalidRequest,
-    Unsupported,
 )
 from serve.protos.mimo.serve.v1 import generation_pb2 as pb
+from serve.services.constraints import Compiler, compiled
 from serve.services.limits import check_limits
-from serve.services.scheduler_request import Compiler
 from serve.text.reasoning import OPEN, Thinking, thinking_of_prompt
 from serve.text.thinking_constraint import AfterThinking
 
@@ -77,13 +76,9 @@ def read_request(
         check_requests([prompt.ids], [sampling], info.vocab_size, info.context_length)
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
-    constraint = None
-    if grammar is not None:
-        if compiler is None:
-            raise Unsupported("this server does not constrain its output (--grammar-backend none)")
-        constraint = compiler.compile(message.WhichOneof("constraint"), grammar)
-        if prompt.thinking not in (None, Thinking.AFTER) and tokenizer.token_id(OPEN) is not None:
-            constraint = AfterThinking(constraint, prompt.thinking, tokenizer, info.eos_ids)
+    constraint = compiled(compiler, message.WhichOneof("constraint"), grammar)
+    if constraint and prompt.thinking not in (None, Thinking.AFTER) and tokenizer.token_id(OPEN) is not None:
+        constraint = AfterThinking(constraint, prompt.thinking, tokenizer, info.eos_ids)
     request = GenerationRequest(
         request_id, prompt.ids, sampling, n, message.logprobs, message.top_logprobs, constraint, deadline
     )

@@ -81,7 +81,7 @@ class ScriptedEngine:
 
     async def _sample(self, request: GenerationRequest, index: int) -> AsyncIterator[Event]:
         sampling, given, rounds, accepted, drafted = request.sampling, 0, 0, 0, 0
-        stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.info.eos_ids)}
+        stops = sampling.stops(self.info.eos_ids)
 
         def finished(reason: Any, matched: int | None = None, message: str = "") -> Finished:
             usage = Usage(len(request.prompt_ids), 0, given, rounds, drafted, accepted)
