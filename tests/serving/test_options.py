@@ -1,7 +1,6 @@
 """What flags resolve to: defaults, checks, models from folders and from the Hub, the dry run on every rank."""
 
 import json
-import logging
 import os
 import shutil
 import sys
@@ -41,16 +40,6 @@ def models(tmp_path_factory):
     (folder / "plain" / "config.json").write_text(json.dumps(config))
     synthesize("tiny", folder / "tiny", seed=0)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _restored_logging():
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def options(*words, environment=None, notes=None) -> ServerOptions:
