@@ -143,8 +143,7 @@ def batch_requests(
         bias=_padded([[v for _, v in b] for b in biased], 0.0, "float32", least=biases),
         prompt_seen=seen,
     )
-    nobody: Any = np.zeros(len(prompts), bool)
-    return Requests(sampling, _padded(stop_ids, -1, "int32", least=stops), column("max_new_tokens", "int32"), nobody)
+    return Requests(sampling, _padded(stop_ids, -1, "int32", least=stops), column("max_new_tokens", "int32"))
 
 
 def _padded(rows: Sequence[Sequence[float]], filler: float, dtype: str, least: int) -> Any:

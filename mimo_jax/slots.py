@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mimo_jax.cache import BackboneCache, PagedKV, RingKV, backbone_cache, drafter_ring
 from mimo_jax.config import AttentionKind
@@ -157,6 +158,7 @@ def build_slots(model: Model, slots: int, capacity: int, *, page_size: int, page
     nobody = batch_requests(
         [[]] * slots, [SamplingParams()] * slots, (), config.vocab_size, MAX_STOP_IDS, MAX_LOGIT_BIASES
     )
+    nobody = replace(nobody, logprobs=np.zeros(slots, bool))
     saved = None
     if snapshots:
         cache, ring = rings(snapshots)

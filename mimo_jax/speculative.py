@@ -78,7 +78,7 @@ class Requests:
     """[batch, stops] int32: tokens that end a sequence, padded with -1."""
     max_new_tokens: BatchArray
     """[batch] int32."""
-    logprobs: BatchArray
+    logprobs: Annotated[jax.Array | None, Axes("batch")] = None
     """[batch] bool: who wants log-probabilities, where a program gives them."""
 
 
@@ -182,6 +182,7 @@ def prefill(
     first = sample(truncated, requests.sampling, state.cache.lengths[:, None], Purpose.TOKEN, part)
     state, done = _emit(models, state, requests, first[:, :0], first, jnp.zeros_like(counts), starting=chunk.last)
     if top_logprobs:
+        assert requests.logprobs is not None, "somebody has to say who wants log-probabilities"
         done = replace(done, logprobs=logprobs(logits, first, requests.logprobs & chunk.last, top_logprobs, part))
     return state, _of_all_groups(models, done, axis=0)
 
@@ -319,6 +320,7 @@ def verify(
 
     emitted, done = _emit(models, state, requests, drafts, tokens, accepted)
     if top_logprobs:
+        assert requests.logprobs is not None, "somebody has to say who wants log-probabilities"
         done = replace(done, logprobs=logprobs(logits, tokens, requests.logprobs & state.active, top_logprobs, part))
     return _commit(models, params, emitted, output, done.counts), done
 

@@ -32,10 +32,9 @@ def layout(tree: Any, topology: Topology) -> Any:
     if is_dataclass(tree):
         return type(tree)(
             **{
-                name: layout(getattr(tree, name), topology)
-                if axes is None
-                else topology.spec(axes, getattr(tree, name).shape)
+                name: layout(value, topology) if axes is None or value is None else topology.spec(axes, value.shape)
                 for name, axes in _axes(type(tree)).items()
+                for value in (getattr(tree, name),)
             }
         )
     if isinstance(tree, Mapping):

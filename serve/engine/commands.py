@@ -1,7 +1,7 @@
 """Steps as arrays: what one compiled program is called with. NumPy only: processes can hand them on as bytes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -73,7 +73,7 @@ class CommandBuilder:
             s = admission.sequence
             prompts[s.group], params[s.group] = s.request.prompt_ids, s.sampling
         requests = batch_requests(prompts, params, self.eos_ids, self.vocab_size, MAX_STOP_IDS, MAX_LOGIT_BIASES)
-        wanted: Any = requests.logprobs
+        wanted: Any = np.zeros(groups, bool)
         counts: Any = np.zeros((groups, self.vocab_size), np.int32)
         table: Any = np.zeros((groups, self.columns), np.int32)
         slots, saved, copy_from, copy_to, lengths, emitted = (
@@ -90,7 +90,7 @@ class CommandBuilder:
             if hit and hit.tail is not None and admission.copy_to is not None:
                 copy_from[s.group], copy_to[s.group] = hit.tail, admission.copy_to
         places: Any = (table, saved, copy_from, copy_to)
-        given: Any = (slots, requests, lengths, emitted, counts)
+        given: Any = (slots, replace(requests, logprobs=wanted), lengths, emitted, counts)
         return Command(Bucket("admit", 1), (Admission(*given, *places),))
 
     def save(self, save: Save | None) -> Command:
