@@ -10,7 +10,8 @@ from mimo_jax.config import MoeConfig
 from mimo_jax.expert_dispatch import on_all_devices
 from mimo_jax.layers import Layer, array, declare
 from mimo_jax.quantization import ByLayer, MXFP4Weight, inputs_first
-from pallas_kernels.expert_mlp import ExpertIndex, expert_mlp, mxfp4_expert_mlp, plain_expert_mlp
+from pallas_kernels.expert_mlp import ExpertIndex, expert_mlp, plain_expert_mlp
+from pallas_kernels.mxfp4_expert_mlp import mxfp4_expert_mlp
 from sharding.topology import Topology
 
 

@@ -1,4 +1,5 @@
 """Arithmetic on one device: plain arrays in and out, no model types.
 
-Each op is one file with the public function and its reference in plain `jnp`, which is also the portable fallback.
+An op that has kernels is a folder (see `backends`), one that has none a file. Its reference in plain `jnp` is also the
+portable fallback.
 """

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mxfp4
 from pallas_kernels.precision import matmul_precision
 
 MIN_TILE, MAX_TILE = 8, 128
@@ -141,7 +140,7 @@ def plain_expert_mlp(
     """
 
     def expert(e: ExpertIndex) -> tuple[jax.Array, jax.Array]:
-        return _inputs_first(gate_up[layer, e].astype(x.dtype)), _inputs_first(down[layer, e].astype(x.dtype))
+        return inputs_first(gate_up[layer, e].astype(x.dtype)), inputs_first(down[layer, e].astype(x.dtype))
 
     return expert_mlp(x, ids, weights, expert, gate_up.shape[1], routed)
 
@@ -186,44 +185,8 @@ def _plain_backward(
 plain_expert_mlp.defvjp(_plain_forward, _plain_backward)
 
 
-def mxfp4_expert_mlp(
-    x: jax.Array,
-    ids: jax.Array,
-    weights: jax.Array,
-    gate_up_codes: jax.Array,
-    gate_up_scales: jax.Array,
-    down_codes: jax.Array,
-    down_scales: jax.Array,
-    *,
-    layer: jax.Array | int,
-    routed: int | None = None,
-) -> jax.Array:
-    """`expert_mlp` on stacked MXFP4 weights, of which only the chosen experts of one layer are read.
-
-    Args:
-        x: [tokens, hidden].
-        ids: [tokens, top_k] int32.
-        weights: [tokens, top_k] float32.
-        gate_up_codes: [layers, experts, 2, inner, hidden / 2] uint8; gate is 0, up is 1.
-        gate_up_scales: [layers, experts, 2, inner, hidden / 32] uint8.
-        down_codes: [layers, experts, hidden, inner / 2] uint8.
-        down_scales: [layers, experts, hidden, inner / 32] uint8.
-        layer: Scalar int32: the row of the leading axis to use.
-        routed: As in `expert_mlp`.
-
-    Returns:
-        [tokens, hidden] float32.
-    """
-
-    def expert(e: ExpertIndex) -> tuple[jax.Array, jax.Array]:
-        gate_up = mxfp4.decode(gate_up_codes[layer, e], gate_up_scales[layer, e], x.dtype)
-        down = mxfp4.decode(down_codes[layer, e], down_scales[layer, e], x.dtype)
-        return _inputs_first(gate_up), _inputs_first(down)
-
-    return expert_mlp(x, ids, weights, expert, gate_up_codes.shape[1], routed)
-
-
-def _inputs_first(w: jax.Array) -> jax.Array:
+def inputs_first(w: jax.Array) -> jax.Array:
+    """[..., out, in] as [..., in, out]."""
     return jnp.swapaxes(w, -1, -2)
 
 

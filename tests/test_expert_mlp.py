@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import expert_mlp as op
-from pallas_kernels.expert_mlp import expert_mlp, mxfp4_expert_mlp, plain_expert_mlp
+from pallas_kernels.expert_mlp import expert_mlp, plain_expert_mlp
+from pallas_kernels.mxfp4_expert_mlp import mxfp4_expert_mlp
 
 MAGNITUDES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 

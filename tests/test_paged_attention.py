@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mimo_jax.cache import PagedKV
-from pallas_kernels import paged_attention as op
+from pallas_kernels.paged_attention import paged_attention, reference
 from tests.numpy_attention import attention
 
 commit = jax.jit(PagedKV.commit)
@@ -47,8 +47,8 @@ def attend(monkeypatch):
     """The op, compiled anew for every number of keys a step."""
 
     def compiled(case):
-        monkeypatch.setattr(op, "KEYS_PER_STEP", case.keys_per_step)
-        return jax.jit(lambda *args, **kwargs: op.paged_attention(*args, **kwargs))
+        monkeypatch.setattr(reference, "KEYS_PER_STEP", case.keys_per_step)
+        return jax.jit(lambda *args, **kwargs: paged_attention(*args, **kwargs))
 
     return compiled
 

@@ -1,6 +1,6 @@
-"""Attention over all committed keys, which lie in pages, and causally over the block of rows being computed.
+"""Paged attention in plain `jnp`.
 
-The reference walks the pages with an online softmax, so that neither time nor memory depends on how far a sequence may
+It walks the pages with an online softmax, so that neither time nor memory depends on how far a sequence may
 grow, only on how far it has grown.
 """
 
@@ -19,28 +19,12 @@ def paged_attention(
     v_pages: jax.Array,
     block_k: jax.Array,
     block_v: jax.Array,
-    *,
     layer: jax.Array | int,
     page_table: jax.Array,
     lengths: jax.Array,
     sink: jax.Array | None,
 ) -> jax.Array:
-    """Attend from a block's rows to every committed position and to earlier rows of the block.
-
-    Args:
-        q: [batch, rows, heads, qk_dim]; row r of sequence b stands at position lengths[b] + r.
-        k_pages: [layers, pages, page_size, kv_heads, qk_dim].
-        v_pages: [layers, pages, page_size, kv_heads, v_dim].
-        block_k: [batch, rows, kv_heads, qk_dim].
-        block_v: [batch, rows, kv_heads, v_dim].
-        layer: Scalar int32: the row of the pages' leading axis to read.
-        page_table: [batch, pages per sequence] int32.
-        lengths: [batch] int32, committed positions.
-        sink: [heads] float32 or None: a logit per head that takes part in the softmax and has no value.
-
-    Returns:
-        [batch, rows, heads, v_dim] in q's dtype; scores and softmax in float32.
-    """
+    """See `pallas_kernels.paged_attention`."""
     batch, _, heads, _ = q.shape
     kv_heads, v_dim = v_pages.shape[3:]
     page_size, columns = k_pages.shape[2], page_table.shape[1]
