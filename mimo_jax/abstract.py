@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mimo_jax.config import AttentionConfig, BackboneConfig, DrafterConfig
+from mimo_jax.gpu_weights import can_interleave, outline
 from mimo_jax.model import Dtype, Model, declare_models
 from mimo_jax.params import Declared, Params
 from mimo_jax.placement import check
@@ -21,7 +22,7 @@ from sharding.topology import Topology
 def abstract_model(
     config: BackboneConfig, drafter: DrafterConfig | None, dtype: Dtype, topology: Topology, mesh: Mesh
 ) -> Model:
-    """A model as packed loading would give it, all of whose parameters are `jax.ShapeDtypeStruct`s on a mesh.
+    """A model as loading on GPUs would give it, all of whose parameters are `jax.ShapeDtypeStruct`s on a mesh.
 
     Its programs can be lowered and compiled, also for devices that are not there; nothing can be run.
 
@@ -40,6 +41,8 @@ def _placed(declared: Declared[Any], config: BackboneConfig | None, topology: To
         path = tuple(str(key.key) for key in keys)
         width = topology.width(axes[-2]) if len(axes) > 1 else 1
         stored = shape if config is None else packed(path, shape, config, width)
+        if config is not None and isinstance(stored, MXFP4Weight) and can_interleave(config, topology):
+            return outline(stored, axes, topology, mesh)
         return jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=topology.sharding(mesh, axes, s.shape)), stored
         )

@@ -53,8 +53,9 @@ def loading_arguments(group: argparse._ArgumentGroup) -> None:
     """How a checkpoint is read, where more than one way is right."""
     group.add_argument(
         "--storage",
-        choices=("packed", "expanded"),
-        help="of quantised weights in memory (default: packed; expanded on a CPU with room for it)",
+        choices=("packed", "interleaved", "expanded"),
+        help="of quantised weights in memory (default: interleaved for the kernel on a GPU; expanded on a CPU with room "
+        "for it; else packed)",
     )
     group.add_argument(
         "--swa-visible-keys",

@@ -16,11 +16,13 @@ from mimo_jax.checkpoint import BackboneCheckpoint, DrafterCheckpoint
 from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig, drafter_folder
 from mimo_jax.cpu_weights import by_layer
 from mimo_jax.drafter import Drafter
+from mimo_jax.gpu_weights import can_interleave, interleaved
 from mimo_jax.params import Declared, Params
 from mimo_jax.placement import check, with_copied_kv_heads
 from mimo_jax.progress import reporter
 from mimo_jax.speculative import DecodeState, ModelParams, Models, empty_state
 from mimo_jax.tokenizer import Tokenizer
+from pallas_kernels.interleaved_mxfp4 import WIDTH
 from sharding.distributed import agree
 from sharding.layout import layout, place
 from sharding.topology import Topology
@@ -28,7 +30,7 @@ from sharding.topology import Topology
 logger = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16"]
-Storage = Literal["packed", "expanded", "by_layer"]
+Storage = Literal["packed", "interleaved", "expanded", "by_layer"]
 
 MOST_LAYERS_BY_LAYER = 16
 """A program has the code of every layer of a model that is held by layer."""
@@ -43,9 +45,10 @@ class LoadOptions:
     dtype: Dtype | None = None
     """Of activations, caches and plain weights. Default: float32 on a CPU, bfloat16 elsewhere."""
     storage: Storage | None = None
-    """Keep MXFP4 and FP8 weights packed in memory, or expand them to `dtype`: in stacks of layers or, on one device, by
-    layer (see `cpu_weights`). Default: packed, but expanded on a CPU that has room for it, where plain weights are
-    faster, and by layer if there are few."""
+    """Keep MXFP4 and FP8 weights packed in memory, as stored or interleaved for the kernel (see `gpu_weights`), or
+    expand them to `dtype`: in stacks of layers or, on one device, by layer (see `cpu_weights`). Default: on a GPU
+    interleaved if every device's part of an expert allows it; on a CPU that has room for it expanded, where plain
+    weights are faster, and by layer if there are few; otherwise packed."""
     swa_visible_keys: int | None = None
     """Keys an SWA query sees (see `BackboneConfig.from_hf`)."""
     router_dtype: Dtype | None = None
@@ -198,6 +201,12 @@ def load_model(
         raise ValueError(
             f"storage by_layer is for one device, not {topology.tensor_parallel}: choose expanded or packed"
         )
+    if storage == "interleaved" and not can_interleave(config, topology):
+        raise ValueError(
+            f"storage interleaved needs a hidden size in 256s and on every device a part of an expert's "
+            f"{config.moe.intermediate} columns in {WIDTH}s, not {config.hidden_size} and "
+            f"1/{topology.width('expert_inner')}: choose packed"
+        )
 
     # processes that ran different programs would wait for each other forever
     alike = replace(options, drafter="auto", snapshot=None)
@@ -206,7 +215,7 @@ def load_model(
     def placed(axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
         return topology.sharding(mesh, axes, shape)
 
-    read_as = "packed" if storage == "packed" else "expanded"
+    read_as = "packed" if storage in ("packed", "interleaved") else "expanded"
 
     def read(component: str, source: BackboneCheckpoint | DrafterCheckpoint, declared: Declared) -> Params:
         report = reporter(progress, component, source.total_bytes)
@@ -235,6 +244,9 @@ def load_model(
     if storage == "by_layer":
         drafter_params = by_layer(params.drafter, models.drafter.axes) if params.drafter and models.drafter else None
         params = ModelParams(by_layer(params.backbone, models.backbone.axes), drafter_params)
+    if storage == "interleaved":
+        backbone = interleaved(params.backbone, models.backbone.axes, topology, mesh)
+        params = replace(params, backbone=backbone)
     return Model(models, params, dtype, tokenizer, mesh)
 
 
@@ -251,10 +263,14 @@ def declare_models(
 
 
 def default_storage(models: Models) -> Storage:
-    """Expanded on a CPU with room for two copies of the plain weights, by layer if it can be; packed otherwise."""
-    if jax.default_backend() != "cpu":
-        return "packed"
+    """On a GPU interleaved if it can be; on a CPU with room for two copies of the plain weights expanded, by layer
+    where it can be; otherwise packed.
+    """
     backbone = models.backbone
+    if jax.default_backend() != "cpu":
+        config = backbone.module.config
+        quantized = config.quantization is not None and config.quantization.expert_format == "mxfp4"
+        return "interleaved" if quantized and can_interleave(config, models.topology) else "packed"
     expanded = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backbone.shapes))
     if 2 * expanded >= available_memory():
         return "packed"

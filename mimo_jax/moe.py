@@ -9,8 +9,9 @@ from flax import nnx
 from mimo_jax.config import MoeConfig
 from mimo_jax.expert_dispatch import on_all_devices
 from mimo_jax.layers import Layer, array, declare
-from mimo_jax.quantization import ByLayer, MXFP4Weight, inputs_first
+from mimo_jax.quantization import ByLayer, InterleavedWeight, MXFP4Weight, inputs_first
 from pallas_kernels.expert_mlp import ExpertIndex, expert_mlp, plain_expert_mlp
+from pallas_kernels.interleaved_expert_mlp import interleaved_expert_mlp
 from pallas_kernels.mxfp4_expert_mlp import mxfp4_expert_mlp
 from sharding.topology import Topology
 
@@ -65,6 +66,9 @@ class MoE(nnx.Module):
         if isinstance(gate_up, MXFP4Weight):
             parts = gate_up.codes, gate_up.scales, down.codes, down.scales
             return mxfp4_expert_mlp(*given, *parts, layer=layer, routed=routed)
+        if isinstance(gate_up, InterleavedWeight):
+            parts = gate_up.words, gate_up.scales, down.words, down.scales
+            return interleaved_expert_mlp(*given, *parts, layer=layer, routed=routed)
         if isinstance(gate_up, jax.Array):
             return plain_expert_mlp(*given, gate_up, down, layer, routed)
         stacks, row = (gate_up, down), (layer,)

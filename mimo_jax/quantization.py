@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels import mxfp4
+from pallas_kernels import interleaved_mxfp4, mxfp4
 
 
 @jax.tree_util.register_dataclass
@@ -23,6 +23,17 @@ class MXFP4Weight:
     """[..., out, in / 2] uint8, the even element in the low nibble."""
     scales: jax.Array
     """[..., out, in / 32] uint8, 2**(byte - 127)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class InterleavedWeight:
+    """A weight [..., out, in] in MXFP4, ordered for a kernel (see `pallas_kernels.interleaved_mxfp4`)."""
+
+    words: jax.Array
+    """[..., out, in / 4] int16."""
+    scales: jax.Array
+    """[..., in / 128, 4, out] uint8."""
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +60,7 @@ class Swapped:
     """[..., in, out]."""
 
 
-Weight = jax.Array | MXFP4Weight | FP8BlockWeight | Swapped
+Weight = jax.Array | MXFP4Weight | InterleavedWeight | FP8BlockWeight | Swapped
 
 
 @jax.tree_util.register_dataclass
@@ -72,6 +83,8 @@ def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
     match weight:
         case MXFP4Weight(codes, scales):
             return mxfp4.decode(codes, scales, dtype)
+        case InterleavedWeight(words, scales):
+            return interleaved_mxfp4.decode(words, scales, dtype)
         case FP8BlockWeight(values, scales):
             rows, columns = values.shape[-2:]
             tiles = jnp.repeat(jnp.repeat(scales, rows // scales.shape[-2], axis=-2), FP8_COLUMNS, axis=-1)

@@ -10,6 +10,9 @@ factor and 2**-31 keeps scales that are larger than 2 within bfloat16. A product
 2**31 times too small (`PRODUCT_SCALE`).
 """
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 
@@ -20,8 +23,10 @@ WIDTH = 128
 CODES = WIDTH // BLOCK
 """Codes in a word."""
 PRODUCT_SCALE = 2.0**31
-MASK = 0x81C0
-"""Sign, the last two bits of the exponent and the first of the mantissa of a bfloat16."""
+_BITS = 0x81C0  # sign, the last two bits of the exponent and the first of the mantissa of a bfloat16
+FIELDS = (((0, _BITS),), ((3, _BITS),), ((6, _BITS),), ((1, 0x8000), (-5, 0x0100), (-4, 0x00C0)))
+"""How a word gives each code as a bfloat16 of value * 2**-126: shifts left (or right, if negative) and masks, joined by
+or. Two words side by side in 32 bits may be shifted together: no mask lets through what crosses over."""
 _SCALE_SHIFT = 95
 
 
@@ -78,8 +83,13 @@ def decode(words: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike = jn
 def bfloat16_bits(words: jax.Array) -> list[jax.Array]:
     """The four codes of every word as bfloat16 patterns [..., in / 128, 32] uint16 of value * 2**-126."""
     w = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*words.shape[:-1], -1, BLOCK)
-    last = w << 1 & 0x8000 | w >> 5 & 0x0100 | w >> 4 & 0x00C0
-    return [w & MASK, w << 3 & MASK, w << 6 & MASK, last]
+    return [fields_of(w, fields) for fields in FIELDS]
+
+
+def fields_of(w: jax.Array, fields: tuple[tuple[int, int], ...]) -> jax.Array:
+    """Some of `FIELDS` of unsigned words."""
+    parts = [(w << by if by >= 0 else w >> -by) & mask for by, mask in fields]
+    return functools.reduce(operator.or_, parts)
 
 
 def _first_three(code: jax.Array) -> jax.Array:

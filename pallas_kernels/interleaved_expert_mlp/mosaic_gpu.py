@@ -6,6 +6,7 @@ rows are its second, so that a tile may have as few as eight. A grid of one prog
 that there are; one warpgroup keeps a ring of stages filled by TMA, across tiles, and the others multiply.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.interleaved_mxfp4 import CODES, MASK, PRODUCT_SCALE, WIDTH
+from pallas_kernels.interleaved_mxfp4 import CODES, FIELDS, PRODUCT_SCALE, WIDTH, fields_of
 from pallas_kernels.mxfp4 import BLOCK
 from pallas_kernels.ragged_rows import ROW_ALIGNMENT, ragged_rows
 
@@ -64,7 +65,7 @@ def interleaved_expert_mlp(
         interpret: `plgpu.InterpretGPUParams` to run on a CPU. The interpreter knows neither inline instructions nor
             wgmma with an operand in registers: these are replaced by arithmetic, all else is the kernel.
     """
-    layers, experts, _, inner, _ = gate_up_words.shape
+    _, experts, _, inner, _ = gate_up_words.shape
     hidden = down_words.shape[2]
     if x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"rows must be bfloat16, not {x.dtype}")
@@ -111,6 +112,7 @@ def _flat(words: jax.Array, pair: int, outputs: int) -> jax.Array:
     return words.reshape(-1, outputs, words.shape[-1])
 
 
+@partial(jax.jit, static_argnames=("experts", "swiglu", "tiling", "interpret"))  # layers share what it lowers to
 def paired_matmul(
     x: jax.Array,
     words: jax.Array,
@@ -144,7 +146,8 @@ def paired_matmul(
     wide, width = tiling.warpgroups * WARPGROUP_ROWS, tiling.blocks * WIDTH
     across, steps = outputs // wide, inputs // width
     programs = 2 if interpret else MULTIPROCESSORS
-    assert outputs % wide == 0 and inputs % width == 0, (outputs, inputs, tiling)
+    assert not outputs % wide, (outputs, tiling)
+    assert not inputs % width, (inputs, tiling)
 
     def kernel(
         x: Any, words: Any, scales: Any, layer: Any, tile_expert: Any, tile_first: Any, tile_rows: Any, count: Any,
@@ -251,6 +254,10 @@ def paired_matmul(
                     def multiply(a: Any, b: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
                         def add(sums: Any, half: int, values: jax.Array, rows: Any) -> Any:
                             plgpu.wgmma((a, b)[half], values, rows.T)
+                            if tiling.rows > MAX_TILE // 2:
+                                # the sums leave no registers for more operands; the other warpgroup keeps the tensor
+                                # cores busy
+                                plgpu.wgmma_wait(0)
                             return sums
 
                         finished, _ = lax.fori_loop(0, steps, partial(step, add=add), (done, ()))
@@ -326,22 +333,16 @@ def _values(words: jax.Array) -> tuple[jax.Array, ...]:
     def values(_: Any, packed: Any) -> tuple[Any, ...]:
         word, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
 
-        def constant(half: int) -> Any:
-            both = half << 16 | half
-            return arith.constant(word, ir.IntegerAttr.get(word, both - (both >> 31 << 32)))
+        def field(w: Any, by: int, mask: int) -> Any:
+            both = mask << 16 | mask
+            shifted = (arith.shli if by >= 0 else arith.shrui)(w, arith.constant(word, abs(by)))
+            return arith.andi(shifted, arith.constant(word, ir.IntegerAttr.get(word, both - (both >> 31 << 32))))
 
         found = [np.empty_like(packed.registers) for _ in range(CODES)]
         for index, register in np.ndenumerate(packed.registers):
             w = utils.bitcast(register, word)
-
-            def left(by: int, mask: int, w: Any = w) -> Any:
-                return arith.andi(arith.shli(w, arith.constant(word, by)), constant(mask))
-
-            def right(by: int, mask: int, w: Any = w) -> Any:
-                return arith.andi(arith.shrui(w, arith.constant(word, by)), constant(mask))
-
-            last = arith.ori(arith.ori(left(1, 0x8000), right(5, 0x0100)), right(4, 0x00C0))
-            for codes, bits in zip(found, (left(0, MASK), left(3, MASK), left(6, MASK), last), strict=True):
+            for codes, fields in zip(found, FIELDS, strict=True):
+                bits = functools.reduce(arith.ori, [field(w, *one) for one in fields])
                 codes[index] = utils.bitcast(bits, pair)
         return tuple(
             fragmented_array.FragmentedArray(_registers=codes, _layout=packed.layout, _is_signed=None)
@@ -353,12 +354,11 @@ def _values(words: jax.Array) -> tuple[jax.Array, ...]:
 
 def _portable_values(words: jax.Array) -> tuple[jax.Array, ...]:
     """The codes' values themselves, in arithmetic: on a CPU, XLA flushes what is as small as value * 2**-126."""
-    w = words.astype(jnp.int32)
-    last = w << 1 & 0x8000 | w >> 5 & 0x0100 | w >> 4 & 0x00C0
 
     def value(bits: jax.Array) -> jax.Array:
         exponent, mantissa = bits >> 7 & 3, bits >> 6 & 1
         doubled = jnp.where(exponent > 0, 2 + mantissa << jnp.maximum(exponent - 1, 0), mantissa)
         return (doubled.astype(jnp.float32) * jnp.where(bits & 0x8000 != 0, -0.5, 0.5)).astype(jnp.bfloat16)
 
-    return tuple(map(value, (w & MASK, w << 3 & MASK, w << 6 & MASK, last)))
+    w = words.astype(jnp.int32) & 0xFFFF
+    return tuple(value(fields_of(w, fields)) for fields in FIELDS)
