@@ -53,16 +53,14 @@ def _interleave(weight: MXFP4Weight, axes: tuple[str, ...], topology: Topology, 
         return jax.lax.map(lambda layer: interleave(*layer), (codes, scales))
 
     given = weight.codes, weight.scales
-    of_result = _interleaved_axes(axes)
-    shapes = jax.eval_shape(layer_by_layer, *given)
-    return jax.jit(
-        jax.shard_map(
-            layer_by_layer,
-            mesh=mesh,
-            in_specs=tuple(topology.spec(axes, x.shape) for x in given),
-            out_specs=tuple(topology.spec(names, s.shape) for s, names in zip(shapes, of_result, strict=True)),
-        )
-    )(*given)
+    into = tuple(x.sharding for x in jax.tree.leaves(outline(weight, axes, topology, mesh)))
+    on_all = jax.shard_map(
+        layer_by_layer,
+        mesh=mesh,
+        in_specs=tuple(topology.spec(axes, x.shape) for x in given),
+        out_specs=tuple(sharding.spec for sharding in into),
+    )
+    return jax.jit(on_all, out_shardings=into)(*given)
 
 
 def _interleaved_axes(axes: tuple[str, ...]) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
