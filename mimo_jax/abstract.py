@@ -13,8 +13,9 @@ from mimo_jax.model import Dtype, Model, declare_models
 from mimo_jax.params import Declared, Params
 from mimo_jax.placement import check
 from mimo_jax.qkv_layout import fused_rows, plain_rows
-from mimo_jax.quantization import FP8_COLUMNS, FP8BlockWeight, MXFP4Weight
+from mimo_jax.quantization import FP8BlockWeight, MXFP4Weight
 from mimo_jax.speculative import ModelParams
+from pallas_kernels.fp8 import COLUMNS as FP8_COLUMNS
 from pallas_kernels.mxfp4 import BLOCK
 from sharding.topology import Topology
 

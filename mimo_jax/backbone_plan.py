@@ -7,9 +7,9 @@ from typing import Any
 from mimo_jax.checkpoint_plan import Claims, Leaves, Matrix
 from mimo_jax.config import AttentionConfig, BackboneConfig, LayerKind
 from mimo_jax.qkv_layout import QkvLayout, choose_chunks, fused_rows, fused_scale_rows, plain_rows, split_rows
-from mimo_jax.quantization import FP8_COLUMNS
 from mimo_jax.safetensors_reader import CheckpointError
 from mimo_jax.stored_weights import StoredWeight
+from pallas_kernels.fp8 import COLUMNS as FP8_COLUMNS
 
 
 def plan_backbone(claims: Claims, config: BackboneConfig, qkv_layout: QkvLayout, metadata: Mapping[str, Any]) -> Leaves:

@@ -20,7 +20,6 @@ from mimo_jax.device_arrays import Outliner, Placer, Progress, Sharding, load_le
 from mimo_jax.drafter_plan import plan_drafter
 from mimo_jax.params import Declared, Params
 from mimo_jax.qkv_layout import QkvLayout
-from mimo_jax.quantization import FP8_COLUMNS
 from mimo_jax.safetensors_reader import (
     CheckpointError,
     CheckpointFolder,
@@ -31,6 +30,7 @@ from mimo_jax.safetensors_reader import (
 )
 from mimo_jax.stored_weights import Leaf
 from mimo_jax.torch_sidecar import read_mask_embedding
+from pallas_kernels.fp8 import COLUMNS as FP8_COLUMNS
 
 logger = logging.getLogger(__name__)
 

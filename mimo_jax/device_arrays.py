@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from mimo_jax.quantization import FP8_COLUMNS, FP8BlockWeight, MXFP4Weight
+from mimo_jax.quantization import FP8BlockWeight, MXFP4Weight
 from mimo_jax.safetensors_reader import CheckpointError
 from mimo_jax.stored_weights import Leaf, StoredWeight
+from pallas_kernels.fp8 import COLUMNS as FP8_COLUMNS
 
 Sharding = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
 """From the logical axes and the shape of an array to where it lives."""

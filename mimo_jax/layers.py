@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mimo_jax.quantization import ByLayer, Swapped, Weight, dequantize, inputs_first
+from mimo_jax.quantization import ByLayer, FP8BlockWeight, FP8Layer, Swapped, Weight, dequantize, inputs_first
+from pallas_kernels.fp8_linear import fp8_linear
 from pallas_kernels.precision import matmul_precision
 
 Layer = jax.Array | int
@@ -30,6 +31,8 @@ def weight(parameter: nnx.Param, layer: Layer | None = None) -> Weight:
         return stack
     if isinstance(stack, ByLayer):
         return stack.layers[layer]
+    if isinstance(stack, FP8BlockWeight):
+        return FP8Layer(stack, layer)
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, axis=0, keepdims=False), stack)
 
 
@@ -54,6 +57,8 @@ def over_layers[X, Y](
 
 def linear(x: jax.Array, w: Weight) -> jax.Array:
     """X [..., in] times a weight [out, in] of any type, accumulated in float32: [..., out] in x's dtype."""
+    if isinstance(w, FP8Layer):
+        return fp8_linear(x, w.stack.values, w.stack.scales, layer=w.layer)
     # XLA's CPU backend reads a weight as it lies if the product is written so
     if isinstance(w, Swapped):
         spec, plain = "...i,io->...o", inputs_first(w, x.dtype)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mimo_jax.config import AttentionConfig, BackboneConfig, DrafterConfig
-from mimo_jax.quantization import FP8_COLUMNS
+from pallas_kernels.fp8 import COLUMNS as FP8_COLUMNS
 from pallas_kernels.mxfp4 import BLOCK
 from sharding.topology import Topology, TopologyError
 

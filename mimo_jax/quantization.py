@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels import interleaved_mxfp4, mxfp4
+from pallas_kernels import fp8, interleaved_mxfp4, mxfp4
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +51,14 @@ class FP8BlockWeight:
     """[..., row tiles, column tiles] float32."""
 
 
+@dataclass(frozen=True)
+class FP8Layer:
+    """One layer of a stack of FP8 weights, which a kernel reads where it lies."""
+
+    stack: FP8BlockWeight
+    layer: jax.Array | int
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Swapped:
@@ -60,7 +68,7 @@ class Swapped:
     """[..., in, out]."""
 
 
-Weight = jax.Array | MXFP4Weight | InterleavedWeight | FP8BlockWeight | Swapped
+Weight = jax.Array | MXFP4Weight | InterleavedWeight | FP8BlockWeight | FP8Layer | Swapped
 
 
 @jax.tree_util.register_dataclass
@@ -71,24 +79,17 @@ class ByLayer:
     layers: tuple[Weight, ...]
 
 
-FP8_COLUMNS = 128
-"""Columns in a tile of an FP8 weight; the last tile may be cut short."""
-
-
 def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """A weight of any type as a plain array [..., out, in] in `dtype`.
-
-    The product of FP8 value and scale is formed in float32 and rounded once.
-    """
+    """A weight of any type as a plain array [..., out, in] in `dtype`."""
     match weight:
         case MXFP4Weight(codes, scales):
             return mxfp4.decode(codes, scales, dtype)
         case InterleavedWeight(words, scales):
             return interleaved_mxfp4.decode(words, scales, dtype)
         case FP8BlockWeight(values, scales):
-            rows, columns = values.shape[-2:]
-            tiles = jnp.repeat(jnp.repeat(scales, rows // scales.shape[-2], axis=-2), FP8_COLUMNS, axis=-1)
-            return (values.astype(jnp.float32) * tiles[..., :columns]).astype(dtype)
+            return fp8.decode(values, scales, dtype)
+        case FP8Layer(stack, layer):
+            return fp8.decode(stack.values[layer], stack.scales[layer], dtype)
         case Swapped(values):
             return jnp.swapaxes(values, -1, -2).astype(dtype)
         case _:

@@ -8,9 +8,9 @@ from typing import Literal
 import numpy as np
 
 from mimo_jax.qkv_layout import RowMap
-from mimo_jax.quantization import FP8_COLUMNS
 from mimo_jax.safetensors_reader import NUMPY_DTYPES, CheckpointError, StoredTensor
 from pallas_kernels import mxfp4
+from pallas_kernels.fp8 import COLUMNS as FP8_COLUMNS
 
 Format = Literal["plain", "fp8", "mxfp4"]
 

@@ -10,12 +10,10 @@ factor and 2**-31 keeps scales that are larger than 2 within bfloat16. A product
 2**31 times too small (`PRODUCT_SCALE`).
 """
 
-import functools
-import operator
-
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.bit_fields import Fields, fields_of
 from pallas_kernels.mxfp4 import BLOCK, MAGNITUDES, scale_values
 
 WIDTH = 128
@@ -24,9 +22,8 @@ CODES = WIDTH // BLOCK
 """Codes in a word."""
 PRODUCT_SCALE = 2.0**31
 _BITS = 0x81C0  # sign, the last two bits of the exponent and the first of the mantissa of a bfloat16
-FIELDS = (((0, _BITS),), ((3, _BITS),), ((6, _BITS),), ((1, 0x8000), (-5, 0x0100), (-4, 0x00C0)))
-"""How a word gives each code as a bfloat16 of value * 2**-126: shifts left (or right, if negative) and masks, joined by
-or. Two words side by side in 32 bits may be shifted together: no mask lets through what crosses over."""
+FIELDS: tuple[Fields, ...] = (((0, _BITS),), ((3, _BITS),), ((6, _BITS),), ((1, 0x8000), (-5, 0x0100), (-4, 0x00C0)))
+"""Of each code, as a bfloat16 of value * 2**-126."""
 _SCALE_SHIFT = 95
 
 
@@ -84,12 +81,6 @@ def bfloat16_bits(words: jax.Array) -> list[jax.Array]:
     """The four codes of every word as bfloat16 patterns [..., in / 128, 32] uint16 of value * 2**-126."""
     w = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*words.shape[:-1], -1, BLOCK)
     return [fields_of(w, fields) for fields in FIELDS]
-
-
-def fields_of(w: jax.Array, fields: tuple[tuple[int, int], ...]) -> jax.Array:
-    """Some of `FIELDS` of unsigned words."""
-    parts = [(w << by if by >= 0 else w >> -by) & mask for by, mask in fields]
-    return functools.reduce(operator.or_, parts)
 
 
 def _first_three(code: jax.Array) -> jax.Array:

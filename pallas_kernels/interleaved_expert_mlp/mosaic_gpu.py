@@ -6,22 +6,19 @@ rows are its second, so that a tile may have as few as eight. A grid of one prog
 that there are; one warpgroup keeps a ring of stages filled by TMA, across tiles, and the others multiply.
 """
 
-import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.interleaved_mxfp4 import CODES, FIELDS, PRODUCT_SCALE, WIDTH, fields_of
+from pallas_kernels.bit_fields import fields_of
+from pallas_kernels.interleaved_mxfp4 import CODES, FIELDS, PRODUCT_SCALE, WIDTH
+from pallas_kernels.mosaic_decode import decode_registers, shared
 from pallas_kernels.mxfp4 import BLOCK
 from pallas_kernels.ragged_rows import ROW_ALIGNMENT, ragged_rows
 
@@ -146,6 +143,7 @@ def paired_matmul(
     wide, width = tiling.warpgroups * WARPGROUP_ROWS, tiling.blocks * WIDTH
     across, steps = outputs // wide, inputs // width
     programs = 2 if interpret else MULTIPROCESSORS
+    decode = _portable_values if interpret else partial(decode_registers, codes=FIELDS, layout=plgpu.Layout.WGMMA)
     assert not outputs % wide, (outputs, tiling)
     assert not inputs % width, (inputs, tiling)
 
@@ -226,7 +224,7 @@ def paired_matmul(
                                 words_ring.at[stage, half, mine, pl.ds(block * BLOCK, BLOCK)],
                                 layout=plgpu.Layout.WGMMA,
                             )
-                            for slot, values in enumerate(_portable_values(packed) if interpret else _values(packed)):
+                            for slot, values in enumerate(decode(packed)):
                                 scale = plgpu.load(
                                     scales_ring.at[stage, half, block, slot, mine], layout=plgpu.Layout.WGMMA.reduce(1)
                                 )
@@ -298,10 +296,10 @@ def paired_matmul(
         kernel,
         out_type=jax.ShapeDtypeStruct((rows, halves * outputs), jnp.bfloat16),
         scratch_types={
-            "x_ring": _shared((stages, tiling.rows, width), jnp.bfloat16, 64),
-            "words_ring": _shared((stages, 2, wide, width // CODES), jnp.int16, 64),
+            "x_ring": shared((stages, tiling.rows, width), jnp.bfloat16, 64),
+            "words_ring": shared((stages, 2, wide, width // CODES), jnp.int16, 64),
             "scales_ring": plgpu.SMEM((stages, 2, tiling.blocks, CODES, wide), jnp.uint8),
-            "results": _shared((tiling.warpgroups, halves, tiling.rows, WARPGROUP_ROWS), jnp.bfloat16, 128),
+            "results": shared((tiling.warpgroups, halves, tiling.rows, WARPGROUP_ROWS), jnp.bfloat16, 128),
             "full": plgpu.Barrier(num_arrivals=5, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=stages),
         },
@@ -313,43 +311,6 @@ def paired_matmul(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )(x, words, scales, layer, *tiles)
-
-
-def _shared(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, swizzle: int) -> Any:
-    """Shared memory as wgmma and TMA both address it."""
-    columns = swizzle // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)))
-
-
-def _values(words: jax.Array) -> tuple[jax.Array, ...]:
-    """The four codes of words [outputs, 32] as bfloat16 values * 2**-126, two words to an instruction.
-
-    Written in instructions: the compiler takes 16-bit operations apart, one half at a time.
-    """
-    layout = plgpu.Layout.WGMMA
-    one = plgpu.ShapeDtypeStruct(words.shape, jnp.bfloat16, layout=layout)
-
-    @plgpu.inline_mgpu(arg_types=(layout,), return_type=(one,) * CODES)
-    def values(_: Any, packed: Any) -> tuple[Any, ...]:
-        word, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
-
-        def field(w: Any, by: int, mask: int) -> Any:
-            both = mask << 16 | mask
-            shifted = (arith.shli if by >= 0 else arith.shrui)(w, arith.constant(word, abs(by)))
-            return arith.andi(shifted, arith.constant(word, ir.IntegerAttr.get(word, both - (both >> 31 << 32))))
-
-        found = [np.empty_like(packed.registers) for _ in range(CODES)]
-        for index, register in np.ndenumerate(packed.registers):
-            w = utils.bitcast(register, word)
-            for codes, fields in zip(found, FIELDS, strict=True):
-                bits = functools.reduce(arith.ori, [field(w, *one) for one in fields])
-                codes[index] = utils.bitcast(bits, pair)
-        return tuple(
-            fragmented_array.FragmentedArray(_registers=codes, _layout=packed.layout, _is_signed=None)
-            for codes in found
-        )
-
-    return values(words)
 
 
 def _portable_values(words: jax.Array) -> tuple[jax.Array, ...]:
