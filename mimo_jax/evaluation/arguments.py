@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mimo_jax.arguments import model_arguments, positive, positives
 from mimo_jax.evaluation.prompts import SCENARIOS
+from mimo_jax.presets import PRESETS
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
@@ -46,7 +47,26 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     )
     model_arguments(loading)
     loading.set_defaults(handler="mimo_jax.evaluation.commands:bench_load_command")
-    for kind in (decode, scenarios, loading):
+    shard = kinds.add_parser(
+        "shard",
+        help="one device's share of a round at real size",
+        description="Time draft and verify of as much as one of several devices has of a model, on one device, with "
+        "random weights and without collectives, beside the floor that `mimo-jax plan` gives.",
+    )
+    shard.add_argument("--preset", choices=sorted(PRESETS), default="mimo-v2.5-pro", help="default: %(default)s")
+    shard.add_argument(
+        "--devices",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="that share it, whole experts on each (default: 8)",
+    )
+    shard.add_argument("--batches", type=positives, default="1,4,16,64", metavar="N,N,...", help="default: %(default)s")
+    shard.add_argument(
+        "--contexts", type=positives, default="1024,16384,131072", metavar="N,N,...", help="default: %(default)s"
+    )
+    shard.set_defaults(handler="mimo_jax.evaluation.commands:bench_shard_command")
+    for kind in (decode, scenarios, loading, shard):
         kind.add_argument("--runs", type=positive, default=5, metavar="N", help="default: 5")
         kind.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
 

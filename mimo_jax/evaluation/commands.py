@@ -14,6 +14,7 @@ import jax
 from rich.table import Table
 
 from mimo_jax.arguments import load_generator, load_options, output_file
+from mimo_jax.devices import known_devices
 from mimo_jax.evaluation import pictures, tables
 from mimo_jax.evaluation.acceptance import measure
 from mimo_jax.evaluation.bench import as_json, bench_context, bench_decode
@@ -21,8 +22,10 @@ from mimo_jax.evaluation.loading import bench_load
 from mimo_jax.evaluation.prompts import load
 from mimo_jax.evaluation.quality import compare_exact, compare_perplexity, exact_answers, losses
 from mimo_jax.evaluation.scenarios import SCENARIOS, held_out_texts, prompts
+from mimo_jax.evaluation.shard import bench_shard, random_model, share
 from mimo_jax.evaluation.speed import compare_speed
 from mimo_jax.generate import Generator
+from mimo_jax.presets import PRESETS
 from mimo_jax.progress import counting_bar, loading_bar, output_console, require_matplotlib
 from mimo_jax.request import SamplingParams
 
@@ -62,6 +65,24 @@ def bench_load_command(arguments: argparse.Namespace) -> None:
     with loading_bar() as progress:
         found = bench_load(arguments.model, load_options(arguments), runs=arguments.runs, progress=progress)
     _report([tables.loading(found)], {"load": [r.as_json() for r in found]}, "page cache warm", arguments.json)
+
+
+def bench_shard_command(arguments: argparse.Namespace) -> None:
+    """`mimo-jax bench shard`."""
+    _checked(arguments.json)
+    config, drafter = share(*PRESETS[arguments.preset].configs(), arguments.devices)
+    here = jax.devices()[0]
+    dtype = "float32" if here.platform == "cpu" else "bfloat16"
+    known = {name.lower(): device for name, device in known_devices().items()}
+    device = next((d for name, d in known.items() if name in here.device_kind.lower().split()), None)
+    model = random_model(config, drafter, dtype)
+    with counting_bar("rounds", len(arguments.batches) * len(arguments.contexts)) as advance:
+        found = []
+        for result in bench_shard(model, device, arguments.batches, arguments.contexts, arguments.runs):
+            found.append(result)
+            advance(1)
+    more = f"1/{arguments.devices} of {arguments.preset}, {dtype}"
+    _report([tables.shard(found)], {"shard": [r.as_json() for r in found]}, more, arguments.json)
 
 
 def eval_acceptance(arguments: argparse.Namespace) -> None:

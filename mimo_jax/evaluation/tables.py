@@ -8,6 +8,7 @@ from mimo_jax.evaluation.acceptance import RELEASE_CARD, Acceptance
 from mimo_jax.evaluation.bench import ContextResult, DecodeResult, Spread
 from mimo_jax.evaluation.loading import LoadResult
 from mimo_jax.evaluation.quality import Comparison
+from mimo_jax.evaluation.shard import ShardResult
 from mimo_jax.evaluation.speed import Speedup
 from mimo_jax.model import Model
 
@@ -43,6 +44,23 @@ def context(results: Sequence[ContextResult], model: Model) -> Table:
     for r in results:
         cells = (r.draft_milliseconds, r.verify_milliseconds, r.plain_milliseconds)
         table.add_row(f"{r.context:,}", *(_spread(c, 2) for c in cells))
+    return table
+
+
+def shard(results: Sequence[ShardResult]) -> Table:
+    """Of `bench shard`."""
+    table = Table(title="One device's share of a round: milliseconds", title_justify="left")
+    for name in ("batch", "context", "draft", "verify + commit", "round", "floor", "round / floor", "plain step"):
+        table.add_column(name, justify="right")
+    for r in results:
+        at = f"{r.batch}", f"{r.context:,}"
+        least = "-" if r.floor_milliseconds is None else f"{r.floor_milliseconds:.2f}"
+        if r.measured is None or r.milliseconds is None:
+            table.add_row(*at, "no room", "", "", least)
+            continue
+        ratio = "-" if r.floor_milliseconds is None else f"{r.milliseconds / r.floor_milliseconds:.2f}"
+        spread = [_spread(s, 2) for s in (r.measured.draft_milliseconds, r.measured.verify_milliseconds)]
+        table.add_row(*at, *spread, f"{r.milliseconds:.2f}", least, ratio, _spread(r.measured.plain_milliseconds, 2))
     return table
 
 
