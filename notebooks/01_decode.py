@@ -145,8 +145,8 @@ plt.show()
 # a round a dispatch, and with 8 rounds a dispatch. All give the same tokens.
 #
 # The bars are tokens a second, the best of six runs; look for the prompt on which speculation does not pay. On a CPU,
-# eight rows cost about three times one, so it pays from an accepted length of about 3 on. On a GPU a small batch's
-# pass is bound by reading weights, and eight rows cost little more than one (`06_plan_and_roofline`).
+# eight rows cost about three times one, so it pays from an accepted length of about 3 on. On a GPU what counts is what
+# must be read: `04_acceptance` has what rows cost at the real size.
 
 # %%
 ways = {

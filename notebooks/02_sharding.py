@@ -87,8 +87,9 @@ plt.show()
 # %% [markdown]
 # ## The same, of arrays that exist
 #
-# The small model in the package, loaded over the same mesh, packed as an accelerator would hold it. Of its dimensions,
-# the query projection [layers, out, in] is cut by heads; hover over a cell to see which devices have that part.
+# The small model in the package, loaded over the same mesh, packed as an accelerator would hold it. Attention's output
+# projection [layers, out, in] is cut along its inputs, by heads, and both groups have all of it; hover over a cell to
+# see which devices have that part.
 
 # %%
 generator = Generator.load(topology=release, storage="packed", progress=False)
@@ -131,9 +132,9 @@ print(f"{len(found)} collectives in the program: {dict(Counter(kind for kind, _ 
 
 # %% [markdown]
 # Each dot is a collective, in the program's order, at the size of what it exchanges for two sequences. The bands are
-# rows of activations on their way to experts (10⁵ to 10⁶ bytes) and the choices of experts (10³). The one large dot
-# gathers whole logits, and runs only where a request asks for top-p or its like; all others pick tokens from the
-# largest logits alone. The line is a single matrix of a single expert: no collective moves weights.
+# rows of activations on their way to experts (10⁵ to 10⁶ bytes) and the choices of experts (hundreds of bytes). The
+# one large dot gathers whole logits, and runs only where a request asks for top-p or its like; all others pick tokens
+# from the largest logits alone. The line is a single matrix of a single expert: no collective moves weights.
 
 # %%
 one_matrix = config.moe.intermediate * config.hidden_size // 2

@@ -23,7 +23,6 @@ import json
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import TwoSlopeNorm
 
 from mimo_jax import Generator, SamplingParams
 from mimo_jax.devices import known_devices
@@ -159,7 +158,7 @@ plt.show()
 #
 # Both together: tokens of a round over what it costs, against plain decoding. Accepted lengths are **the card's**, of
 # its best, middle and worst benchmark; costs are floors, so this is the gain on a perfect machine, not a forecast.
-# Dots are the best number of rows for a batch, with the gain there; inside the black line, speculation costs more than
+# Dots are the best number of rows for a batch, with the gain there; where cells are red, speculation costs more than
 # it gives. Look at small batches in conversation: verifying all eight rows gains nothing there, three rows do. Routing
 # is taken as even, which is hard on small batches: rows of one sequence share experts, and read fewer than this.
 
@@ -167,19 +166,18 @@ plt.show()
 named = {"web": "WebDev", "code": "HumanEval", "chat": "MT-Bench"}
 gains = {n: np.cumsum(chance(RELEASE_CARD[n]) ** np.arange(8))[:, None] * cost[0] / cost for n in named}
 figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), sharey=True, layout="constrained")
-norm = TwoSlopeNorm(1, 0.8, max(gain.max() for gain in gains.values()))
+most = max(gain.max() for gain in gains.values())
+colours = plt.get_cmap("Blues").with_extremes(under="lightcoral")
 for axis, (name, gain) in zip(axes, gains.items(), strict=True):
-    picture = axis.imshow(gain, origin="lower", aspect="auto", cmap="RdBu", norm=norm)
-    if gain[1:].min() < 1:
-        axis.contour(range(len(batches)), range(1, 8), gain[1:], [1], colors="black", linewidths=1)
-    best = gain.argmax(axis=0)
-    axis.plot(range(len(batches)), best, "o", color="black", ms=4)
-    for x, y in enumerate(best):
-        axis.text(x, y + (0.25 if y < 7 else -0.3), f"{gain[y, x]:.1f}", ha="center", va="bottom" if y < 7 else "top")
+    picture = axis.imshow(gain, origin="lower", aspect="auto", cmap=colours, vmin=0.999, vmax=most)
+    for x, y in enumerate(gain.argmax(axis=0)):
+        ink = "white" if gain[y, x] > 0.7 * most else "black"
+        axis.plot(x, y, "o", color=ink, ms=4)
+        axis.text(x, y - 0.25, f"{gain[y, x]:.1f}", ha="center", va="top", color=ink)
     axis.set_xticks(range(len(batches)), batches)
     axis.set_yticks(range(8), verified)
     axis.set_title(f"{named[name]}: the card's {RELEASE_CARD[name]:.2f} at 8 rows", fontsize="medium")
     axis.set_xlabel("sequences in the batch")
 axes[0].set_ylabel("rows verified")
-figure.colorbar(picture, ax=axes, label="tokens/s over plain decoding's, by floors")
+figure.colorbar(picture, ax=axes, label="tokens/s over plain decoding's, by floors", extend="min")
 plt.show()
