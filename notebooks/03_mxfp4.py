@@ -195,7 +195,7 @@ plt.show()
 
 # %%
 figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
-for offset, (name, label) in enumerate((("qat", "trained for MXFP4"), ("ptq", "rounded after training"))):
+for offset, (name, label) in enumerate((("ptq", "rounded after training"), ("qat", "trained for MXFP4"))):
     results = json.loads((NANO / "results" / f"quality-{name}.json").read_text())["quality"]
     shown = [r for r in results if r["name"].startswith("perplexity")]
     change = 100 * np.array([[r["low"], r["change"], r["high"]] for r in shown])
