@@ -10,7 +10,7 @@ TEST_WORKERS ?= 2
 PROMPT ?= What is the capital of France?
 ARGS ?=
 
-.PHONY: help setup demo test test-slow check check-gpu-compile nano protos format clean
+.PHONY: help setup demo test test-slow check check-gpu-compile nano protos notebooks format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ PROTOS_OUT ?= .
 
 protos: $(STAMP) ## write the gRPC stubs again from their .proto
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=$(PROTOS_OUT) --pyi_out=$(PROTOS_OUT) --grpc_python_out=$(PROTOS_OUT) $(PROTOS)
+
+notebooks: $(STAMP) ## write the .ipynb again from their scripts
+	$(BIN)/jupytext --quiet --update --to ipynb notebooks/*.py
 
 format: $(STAMP) ## let ruff format and fix what it can
 	$(BIN)/ruff format .

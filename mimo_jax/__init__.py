@@ -4,7 +4,7 @@ from mimo_jax.config import BackboneConfig, ConfigError, DrafterConfig
 from mimo_jax.generate import Completion, Generator
 from mimo_jax.model import LoadOptions, Model, load_model
 from mimo_jax.request import SamplingParams
-from mimo_jax.session import Decoding
+from mimo_jax.session import Decoding, Session
 from sharding.topology import Topology, TopologyError
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "LoadOptions",
     "Model",
     "SamplingParams",
+    "Session",
     "Topology",
     "TopologyError",
     "load_model",

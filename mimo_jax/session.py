@@ -73,13 +73,15 @@ class Session:
         self._rows = -(-len(prompts) // groups) * groups
         idle = self._rows - len(prompts)
         asked = [*prompts, *[[0]] * idle], [*params, *[SamplingParams()] * idle]
-        self._requests = model.placed(batch_requests(*asked, model.eos_ids, config.vocab_size))
+        self.requests = model.placed(batch_requests(*asked, model.eos_ids, config.vocab_size))
+        """Settings and limits, as programs take them."""
 
         longest = max(map(len, prompts))
         grown = max(len(p) + q.max_new_tokens for p, q in zip(prompts, params, strict=True))
         self.capacity = max(256, 1 << (grown - 1).bit_length())
         self._chunk = min(MAX_CHUNK, max(16, 1 << (longest - 1).bit_length()))
-        self._state = model.empty_state(self._rows, self.capacity)
+        self.state = model.empty_state(self._rows, self.capacity)
+        """Caches and anchors, to look at or to run a round on by hand; every step takes it and leaves another."""
         self.active = np.zeros(len(prompts), bool)
         """[batch]: rows that go on."""
         statics = {
@@ -88,8 +90,8 @@ class Session:
             "sampled_drafts": decoding.sampled_drafts,
         }
         start = time.perf_counter()
-        self._prefill = model.compiled(prefill, (self._state, self._requests, self._chunk_at(0)), {})
-        self._decode = model.compiled(decode, (self._state, self._requests), statics)
+        self._prefill = model.compiled(prefill, (self.state, self.requests, self._chunk_at(0)), {})
+        self._decode = model.compiled(decode, (self.state, self.requests), statics)
         self.compile_seconds = time.perf_counter() - start
 
     def _chunk_at(self, start: int) -> PromptChunk:
@@ -131,9 +133,9 @@ class Session:
         going = np.pad(self.active, (0, self._rows - len(self.prompts)))
         spec = self.model.models.topology.spec(("batch",), going.shape)
         active = place(going, spec, self.model.mesh)
-        self._state = replace(self._state, active=active)
+        self.state = replace(self.state, active=active)
 
     def _run(self, program: Callable, *arguments: PromptChunk) -> Rounds:
         """Run a program on the state; what it gives, on the host."""
-        self._state, rounds = program(self.model.params, self._state, self._requests, *arguments)
+        self.state, rounds = program(self.model.params, self.state, self.requests, *arguments)
         return jax.device_get(rounds)

@@ -2,11 +2,13 @@
 
 from functools import cache
 
+import jax
 import numpy as np
 import pytest
 
-from mimo_jax import Completion, Decoding, Generator, SamplingParams
+from mimo_jax import Completion, Decoding, Generator, SamplingParams, Session
 from mimo_jax.byte_tokenizer import SMALLEST_VOCABULARY
+from mimo_jax.speculative import draft, verify
 from mimo_jax.stats import DecodeStats
 from tests.models import byte_generator, counter, tiny_model
 
@@ -162,3 +164,17 @@ def test_without_a_tokenizer_ids_still_work():
         generator.generate("A")
     with pytest.raises(ValueError, match="stop strings need a tokenizer"):
         generator.generate([65], stop=("x",))
+
+
+def test_a_round_by_hand_on_a_sessions_state_is_its_next_step():
+    model = random_generator().model
+    session = Session(model, [[1, 2, 3], [4]], [SamplingParams(max_new_tokens=20)] * 2, Decoding(rounds_per_dispatch=1))
+    session.prefill()
+    given, asked = (model.models, model.params, session.state), session.requests
+    drafts, _ = jax.jit(draft, static_argnums=(0, 4))(*given, asked.sampling, session.verify_length)
+    state, by_hand = jax.jit(verify, static_argnums=0)(*given, asked, drafts)
+    rounds = session.step().rounds
+    assert rounds is not None
+    for name in ("drafts", "tokens", "counts", "accepted"):
+        np.testing.assert_array_equal(getattr(by_hand, name), getattr(rounds, name)[0])
+    np.testing.assert_array_equal(state.cache.lengths, session.state.cache.lengths)

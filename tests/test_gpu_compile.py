@@ -13,8 +13,8 @@ from mimo_jax.backbone import runs
 from mimo_jax.presets import PRESETS
 from mimo_jax.request import SamplingParams, batch_requests
 from mimo_jax.speculative import PromptChunk, decode, prefill
+from sharding.compiled import collectives
 from sharding.topology import Topology
-from tests.collectives import collectives
 
 pytestmark = pytest.mark.gpu_compile
 

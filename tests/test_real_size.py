@@ -14,8 +14,8 @@ from mimo_jax.plan import ModelShapes, Plan
 from mimo_jax.presets import PRESETS
 from mimo_jax.request import SamplingParams, batch_requests
 from mimo_jax.speculative import decode
+from sharding.compiled import collectives
 from sharding.topology import Topology
-from tests.collectives import collectives
 
 RELEASE = Topology(16, 2, 16, dp_attention=True, dp_lm_head=True, dense_tensor_parallel=1)
 WHOLE_EXPERTS = Topology(8, expert_parallel=8)
