@@ -13,7 +13,7 @@ from mimo_jax.config import AttentionConfig, BackboneConfig, DrafterConfig
 from mimo_jax.devices import Device
 from mimo_jax.evaluation.bench import ContextResult, bench_context
 from mimo_jax.floors import floor
-from mimo_jax.model import Dtype, Model
+from mimo_jax.model import Dtype, Model, available_memory
 from mimo_jax.placement import check
 from mimo_jax.plan import ModelShapes, Plan
 from mimo_jax.quantization import FP8BlockWeight, InterleavedWeight, MXFP4Weight
@@ -83,9 +83,20 @@ def _heads(attention: AttentionConfig, devices: int) -> AttentionConfig:
 
 
 def random_model(config: BackboneConfig, drafter: DrafterConfig | None, dtype: Dtype, seed: int = 0) -> Model:
-    """A model on one device with random weights, stored as loading would leave them on a GPU."""
+    """A model on one device with random weights, stored as loading would leave them on a GPU.
+
+    Raises:
+        ValueError: They do not fit into the device's memory.
+    """
     mesh = ONE.mesh()
     model = abstract_model(config, drafter, dtype, ONE, mesh)
+    needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(model.params))
+    room = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit") or available_memory()
+    if needed > room:
+        raise ValueError(
+            f"the share's weights take {needed / 1e9:.1f} GB and there are {room / 1e9:.1f} GB: share the model among "
+            "more devices, or take a smaller preset"
+        )
     leaves, structure = jax.tree.flatten(model.params, is_leaf=lambda leaf: isinstance(leaf, _PACKED))
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     filled = [_random(leaf, key) for leaf, key in zip(leaves, keys, strict=True)]
