@@ -21,6 +21,7 @@ from serve.protos.mimo.serve.v1.generation_pb2_grpc import add_GenerationService
 from serve.services import scheduler_service, text_service
 from serve.services.answering import Answering
 from serve.services.grpc_server import GrpcServer, Service
+from serve.services.requests import Requests
 from serve.services.scheduler_service import SchedulerService
 from serve.services.security import server_credentials
 from serve.services.text_service import TextService
@@ -96,15 +97,15 @@ class _Server:
         endpoint = options.otlp_traces_endpoint
         tracer = Tracer(endpoint, options.served_model_name) if endpoint else None
         try:
-            service = SchedulerService(
+            requests = Requests(
                 self.engine,
-                options.model,
-                options.tokenizer,
                 seed=options.random_seed,
-                stream_interval=options.stream_interval,
                 max_seconds=options.max_request_seconds,
                 log=RequestLog(options.log_requests),
                 tracer=tracer,
+            )
+            service = SchedulerService(
+                requests, options.model, options.tokenizer, stream_interval=options.stream_interval
             )
             services = [
                 Service(
@@ -114,11 +115,8 @@ class _Server:
                     scheduler_service.ADMIN_METHODS,
                 )
             ]
-            answering = None
             if tokenizer is not None:
-                answering = Answering(
-                    self.engine, tokenizer, seed=options.random_seed, max_seconds=options.max_request_seconds
-                )
+                answering = Answering(requests, tokenizer)
                 text = TextService(answering)
                 services.append(
                     Service(
@@ -138,9 +136,8 @@ class _Server:
                 logger.warning("told to end before the server was ready")
                 os._exit(0)  # a compiler cannot be interrupted
             built: Built = building.result()
-            if options.grammar_backend != "none" and tokenizer is not None and answering is not None:
-                compiler = ConstraintCompiler(tokenizer, built.model.config.vocab_size, built.model.eos_ids)
-                service.compiler = answering.compiler = compiler
+            if options.grammar_backend != "none" and tokenizer is not None:
+                requests.compiler = ConstraintCompiler(tokenizer, built.model.config.vocab_size, built.model.eos_ids)
             built.engine.start()
             self.engine.arrive(built.engine)
             logger.info("ready: %s on %s:%d", options.served_model_name, options.host, grpc.port)

@@ -1,20 +1,17 @@
 """Requests of our own protocol, answered: what every service that speaks text stands on."""
 
-import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import cast
 
 from grpc.aio import ServicerContext
 
 from mimo_jax.request import SamplingParams
 from mimo_jax.tokenizer import Tokenizer
-from serve.generation import Engine, Event, Finished, GenerationRequest, RoundTokens, TokenLogprobs, Usage
+from serve.generation import Finished, GenerationRequest, RoundTokens, TokenLogprobs, Usage
 from serve.protos.mimo.serve.v1 import generation_pb2 as pb
-from serve.services.constraints import Compiler
-from serve.services.limits import deadline
+from serve.services.requests import Requests
 from serve.services.seeds import derived_seed
 from serve.services.text_request import Prompt, read_request
 from serve.text.answer import Answer
@@ -31,27 +28,14 @@ class Answering:
     """An engine with its tokenizer, asked in text.
 
     Args:
-        engine: Answers in tokens.
-        tokenizer: Of its model.
-        compiler: Makes constraints; None: there can be none.
+        requests: Where they go.
+        tokenizer: Of the engine's model.
         defaults: What requests are decoded with where they say nothing.
-        seed: Of the server, for requests that bring none.
-        max_seconds: A request may take; None: as long as it likes.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        *,
-        compiler: Compiler | None = None,
-        defaults: SamplingParams | None = None,
-        seed: int = 0,
-        max_seconds: float | None = None,
-    ) -> None:
-        self.engine, self.tokenizer, self.compiler = engine, tokenizer, compiler
+    def __init__(self, requests: Requests, tokenizer: Tokenizer, defaults: SamplingParams | None = None) -> None:
+        self.requests, self.engine, self.tokenizer = requests, requests.engine, tokenizer
         self.defaults = defaults or SamplingParams()
-        self._seed, self._max_seconds = seed, max_seconds
 
     async def answer(
         self, message: pb.GenerateRequest, context: ServicerContext
@@ -63,22 +47,21 @@ class Answering:
             EngineFailed: The engine died.
             TimeoutError: The deadline passed.
         """
-        until = deadline(context, self._max_seconds)
-        request_id = message.request_id or uuid.uuid4().hex
-        defaults = replace(self.defaults, seed=derived_seed(self._seed, request_id))
-        request, prompt = await asyncio.to_thread(
-            read_request, message, request_id, self.tokenizer, self.engine.info, defaults, self.compiler, until
-        )
-        samples = [_Sample(self.tokenizer, request, prompt, index) for index in range(request.n)]
-        events = self.engine.submit(request)
-        async with aclosing(cast(AsyncGenerator[Event, None], events)):
+        requests, request_id = self.requests, message.request_id or uuid.uuid4().hex
+        defaults = replace(self.defaults, seed=derived_seed(requests.seed, request_id))
+        samples: list[_Sample] = []
+
+        def read(until: float | None) -> GenerationRequest:
+            request, prompt = read_request(
+                message, request_id, self.tokenizer, self.engine.info, defaults, requests.compiler, until
+            )
+            samples.extend(_Sample(self.tokenizer, request, prompt, index) for index in range(request.n))
+            return request
+
+        async with aclosing(requests.events(request_id, context, read)) as events:
             async for event in events:
-                if isinstance(event, RoundTokens):
-                    yield samples[event.index].round(event)
-                elif event.reason == "deadline":
-                    raise TimeoutError("the request took longer than it may")
-                else:
-                    yield samples[event.index].finished(event)
+                sample = samples[event.index]
+                yield sample.round(event) if isinstance(event, RoundTokens) else sample.finished(event)
 
 
 class _Sample:

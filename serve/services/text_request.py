@@ -80,7 +80,15 @@ def read_request(
     if constraint and prompt.thinking not in (None, Thinking.AFTER) and tokenizer.token_id(OPEN) is not None:
         constraint = AfterThinking(constraint, prompt.thinking, tokenizer, info.eos_ids)
     request = GenerationRequest(
-        request_id, prompt.ids, sampling, n, message.logprobs, message.top_logprobs, constraint, deadline
+        request_id,
+        prompt.ids,
+        sampling,
+        n,
+        message.logprobs,
+        message.top_logprobs,
+        constraint,
+        deadline,
+        message.text.text if message.HasField("text") else None,
     )
     return request, prompt
 

@@ -129,7 +129,8 @@ class GenerationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchLoad(self, request, context):
-        """How busy the server is: now, and again after every interval until the call is cancelled or the server has stopped.
+        """How busy the server is: now, and again after every interval or when the status changes, until the call is cancelled
+        or the server has stopped.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
