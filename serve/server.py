@@ -89,9 +89,6 @@ class _Server:
         tokenizer = _tokenizer(options)
         sidecar = HttpSidecar(self.engine)
         sidecar.show(metrics)
-        building = asyncio.create_task(
-            asyncio.to_thread(build_engine, options, metrics, tokenizer, self._say, self._failed)
-        )
         ending = asyncio.create_task(self._ending.wait())
         grpc: GrpcServer | None = None
         endpoint = options.otlp_traces_endpoint
@@ -131,6 +128,9 @@ class _Server:
             await grpc.start()
             http = await sidecar.start(options.host, options.http_port or (grpc.port + 1 if options.grpc_port else 0))
             logger.info("gRPC on %s:%d, HTTP on port %d; not ready yet", options.host, grpc.port, http)
+            building = asyncio.create_task(
+                asyncio.to_thread(build_engine, options, metrics, tokenizer, self._say, self._failed)
+            )
             await asyncio.wait({building, ending}, return_when=asyncio.FIRST_COMPLETED)
             if not building.done():
                 logger.warning("told to end before the server was ready")
