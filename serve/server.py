@@ -18,6 +18,7 @@ from serve.logs import RequestLog
 from serve.metrics import Metrics
 from serve.options import ServerOptions
 from serve.protos.mimo.serve.v1.generation_pb2_grpc import add_GenerationServicer_to_server
+from serve.sampling_defaults import sampling_defaults
 from serve.services import scheduler_service, text_service
 from serve.services.answering import Answering
 from serve.services.grpc_server import GrpcServer, Service
@@ -113,7 +114,8 @@ class _Server:
                 )
             ]
             if tokenizer is not None:
-                answering = Answering(requests, tokenizer)
+                defaults = sampling_defaults(options.model, options.sampling_defaults)
+                answering = Answering(requests, tokenizer, defaults, stream_interval=options.stream_interval)
                 text = TextService(answering)
                 services.append(
                     Service(

@@ -31,16 +31,24 @@ class Answering:
         requests: Where they go.
         tokenizer: Of the engine's model.
         defaults: What requests are decoded with where they say nothing.
+        stream_interval: Tokens that a message has at least, but for a sample's last, where a request says nothing.
     """
 
-    def __init__(self, requests: Requests, tokenizer: Tokenizer, defaults: SamplingParams | None = None) -> None:
+    def __init__(
+        self,
+        requests: Requests,
+        tokenizer: Tokenizer,
+        defaults: SamplingParams | None = None,
+        *,
+        stream_interval: int = 1,
+    ) -> None:
         self.requests, self.engine, self.tokenizer = requests, requests.engine, tokenizer
-        self.defaults = defaults or SamplingParams()
+        self.defaults, self._interval = defaults or SamplingParams(), stream_interval
 
     async def answer(
         self, message: pb.GenerateRequest, context: ServicerContext
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """A message for every round, and one for every sample's end. Closing it aborts what is left.
+        """Messages of one round or more, and one for every sample's end. Closing it aborts what is left.
 
         Raises:
             Refused: It cannot be served.
@@ -58,10 +66,18 @@ class Answering:
             samples.extend(_Sample(self.tokenizer, request, prompt, index) for index in range(request.n))
             return request
 
+        interval = message.stream_interval if message.HasField("stream_interval") else self._interval
         async with aclosing(requests.events(request_id, context, read)) as events:
             async for event in events:
                 sample = samples[event.index]
-                yield sample.round(event) if isinstance(event, RoundTokens) else sample.finished(event)
+                if isinstance(event, RoundTokens):
+                    sample.add(event)
+                    if sample.held >= interval:
+                        yield sample.round()
+                else:
+                    if sample.held:
+                        yield sample.round()
+                    yield sample.finished(event)
 
 
 class _Sample:
@@ -71,29 +87,37 @@ class _Sample:
         self._tokenizer, self._request_id, self._index = tokenizer, request.request_id, index
         self._answer = Answer(tokenizer, request.sampling.stop, prompt.thinking, prompt.functions)
         self._calls = 0
+        self._round = pb.Round()
         self._stood: list[int] = []
         """For each position of a block: rounds in which the draft there stood."""
 
-    def round(self, event: RoundTokens) -> pb.GenerateResponse:
-        said = self._answer.push(event.token_ids)
-        message = pb.Round(
-            token_ids=event.token_ids,
-            text=said.text,
-            reasoning=said.reasoning,
-            drafted=event.drafted,
-            accepted=event.accepted,
-        )
+    @property
+    def held(self) -> int:
+        """Tokens that are in no message yet."""
+        return len(self._round.token_ids)
+
+    def add(self, event: RoundTokens) -> None:
+        """Take a round."""
+        message, said = self._round, self._answer.push(event.token_ids)
+        message.token_ids.extend(event.token_ids)
+        message.text += said.text
+        message.reasoning += said.reasoning
+        message.drafted += event.drafted
+        message.accepted += event.accepted
         stood = self._stood
         if event.drafted > len(stood):
             stood += [0] * (event.drafted - len(stood))
         for position in range(event.accepted):
             stood[position] += 1
-        if said.calls:
-            message.tool_calls.extend(self._named(said.calls))
+        message.tool_calls.extend(self._named(said.calls))
         if event.logprobs:
             message.logprobs.extend(
                 self._logprob(token, known) for token, known in zip(event.token_ids, event.logprobs, strict=True)
             )
+
+    def round(self) -> pb.GenerateResponse:
+        """What was taken since the last message."""
+        message, self._round = self._round, pb.Round()
         return pb.GenerateResponse(request_id=self._request_id, index=self._index, round=message)
 
     def finished(self, event: Finished) -> pb.GenerateResponse:

@@ -87,11 +87,11 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    engine: ScriptedEngine, defaults: SamplingParams | None = None, **requests: Any
+    engine: ScriptedEngine, defaults: SamplingParams | None = None, stream_interval: int = 1, **requests: Any
 ) -> AsyncIterator[Served]:
     """A server on a free port."""
     server = grpc.aio.server()
-    answering = Answering(Requests(engine, **requests), byte_tokenizer(), defaults)
+    answering = Answering(Requests(engine, **requests), byte_tokenizer(), defaults, stream_interval=stream_interval)
     add_GenerationServicer_to_server(TextService(answering), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
