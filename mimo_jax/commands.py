@@ -57,7 +57,7 @@ def generate(arguments: argparse.Namespace) -> None:
         if (arguments.model / "config.json").exists() and not tokenizer.exists():
             raise ValueError(f"{tokenizer}: no such file; give --prompt-ids, or a checkpoint with a tokenizer")
     decoding = Decoding(arguments.verify_length, arguments.rounds_per_dispatch, arguments.sampled_drafts)
-    agree("prompts or settings", repr((asked, params, decoding, topology_of(arguments))))
+    agree({"prompts or settings": (asked, params, decoding, topology_of(arguments))})
     generator = load_generator(arguments)
     prompts = [_rendered(generator, prompt, not arguments.no_thinking) for prompt in asked]
     completions = generator.completions(prompts)

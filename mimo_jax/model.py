@@ -210,7 +210,8 @@ def load_model(
 
     # processes that ran different programs would wait for each other forever
     alike = replace(options, drafter="auto", snapshot=None)
-    agree("models or options", repr((config, drafter_config, dtype, storage, alike, options.snapshot is None)))
+    said = (config, drafter_config, dtype, storage, alike, options.snapshot is None)
+    agree({"models or options": said})
 
     def placed(axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
         return topology.sharding(mesh, axes, shape)

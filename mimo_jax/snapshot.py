@@ -60,7 +60,7 @@ def restore_or_load[T](
     """
     expected = {"format": FORMAT, "options": dict(options), "files": _files(sources), "arrays": _described(outline)}
     there = _exists(folder)
-    agree("snapshots, or checkpoints for them", repr((there, expected)))
+    agree({"snapshots, or checkpoints for them": (there, expected)})
     if there:
         return _restore(folder, expected, outline)
     folder.mkdir(parents=True, exist_ok=True)

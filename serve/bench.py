@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Send the frozen prompts to a running server and measure time to first token, time between tokens, "
         "throughput and what speculation gives.",
     )
-    server = connection_arguments(parser, "--address")
+    server = connection_arguments(parser)
     server.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the one that the server hands out")
     asked = parser.add_argument_group("requests")
     asked.add_argument(

@@ -12,15 +12,10 @@ MAX_MESSAGE_BYTES = 256 << 20
 """Of one message, either way."""
 
 
-def connection_arguments(parser: argparse.ArgumentParser, flag: str) -> argparse._ArgumentGroup:
-    """Where a server is, and what it takes to be let in; gives their group.
-
-    Args:
-        parser: Of the client.
-        flag: That names the server's address.
-    """
+def connection_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Where a server is, and what it takes to be let in; gives their group."""
     server = parser.add_argument_group("server")
-    server.add_argument(flag, default="127.0.0.1:30000", metavar="HOST:PORT", help="default: 127.0.0.1:30000")
+    server.add_argument("--address", default="127.0.0.1:30000", metavar="HOST:PORT", help="default: 127.0.0.1:30000")
     server.add_argument(
         "--api-key", default=os.environ.get("MIMO_API_KEY"), metavar="KEY", help="default: MIMO_API_KEY, if it is set"
     )

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         with connected(
-            arguments.connect,
+            arguments.address,
             api_key=arguments.api_key,
             ca_file=arguments.ca_file,
             timeout=arguments.connect_timeout,
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.prompt is not None:
                 _answer_once(conversation, arguments.prompt)
             else:
-                _Terminal(conversation).run(f"{info.model} at {arguments.connect}; /help tells the commands")
+                _Terminal(conversation).run(f"{info.model} at {arguments.address}; /help tells the commands")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mimo-serve chat", description="Talk to a running server. Thinking is dimmed; ctrl-C breaks an answer off."
     )
-    connection_arguments(parser, "--connect")
+    connection_arguments(parser)
     asked = parser.add_argument_group("conversation (default: as the server does)")
     asked.add_argument("--prompt", metavar="TEXT", help="print the answer to this, and leave")
     asked.add_argument("--system", default="", metavar="TEXT", help="what the model is told first")

@@ -150,6 +150,6 @@ def connected(address: str, *, api_key: str | None, ca_file: Path | None, timeou
         except grpc.FutureTimeoutError:
             raise ServerError(
                 f"no gRPC server answers at {address} within {timeout:g} s: start one with mimo-serve, or name its "
-                "address with --connect HOST:PORT"
+                "address with --address HOST:PORT"
             ) from None
         yield Server(address, channel, key_metadata(api_key))

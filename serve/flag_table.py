@@ -210,6 +210,13 @@ NETWORK = (
         metavar="N",
         help="of /live, /ready and /metrics (default: the one above gRPC's)",
     ),
+    honoured(
+        "--sampling-defaults",
+        choices=("model", "openai"),
+        default="model",
+        help="how requests in text are sampled that say nothing about it: as generation_config.json recommends, or at "
+        "temperature 1 (default: model)",
+    ),
     honoured("--stream-interval", type=positive, default=1, metavar="N", help="tokens a message at least (default: 1)"),
     honoured("--api-key", metavar="KEY", help="requests must bring it as `authorization: Bearer KEY`"),
     honoured("--admin-api-key", metavar="KEY", help="flushing, draining and profiling take this one, and only it"),

@@ -16,6 +16,10 @@ class InvalidRequest(Refused):
     """It can never be served as it stands."""
 
 
+class NotFound(Refused):
+    """It names something that is not here."""
+
+
 class Unsupported(Refused):
     """It asks for what this server does not do at all."""
 
@@ -84,6 +88,8 @@ class GenerationRequest:
     """Where given, at the beginning of the output; every sample works on a copy."""
     deadline: float | None = None
     """`time.monotonic()` after which nobody waits for it any more."""
+    text: str | None = None
+    """Of the prompt, where it came as text; for the log alone."""
     trace: Any = None
     """What a tracer wants handed on; the engine only carries it."""
 

@@ -60,19 +60,19 @@ class RequestLog:
     def __init__(self, contents: bool = False) -> None:
         self._contents, self._logger = contents, logging.getLogger("serve.requests")
 
-    def received(self, request: GenerationRequest, text: str | None = None) -> None:
-        """A request that the engine took, with its text where a service has it."""
+    def received(self, request: GenerationRequest) -> None:
+        """A request that the engine took."""
         fields: dict[str, Any] = {
             "request_id": request.request_id,
             "prompt_tokens": len(request.prompt_ids),
             "max_new_tokens": request.sampling.max_new_tokens,
         }
         if self._contents:
-            fields["prompt"] = list(request.prompt_ids) if text is None else text
+            fields["prompt"] = list(request.prompt_ids) if request.text is None else request.text
         self._logger.info("received", extra=fields)
 
     def finished(self, request_id: str, end: Finished, seconds: float, output: Any = None) -> None:
-        """The end of one of its samples, with its text or ids."""
+        """The end of one of its samples, with its ids."""
         usage = end.usage
         fields: dict[str, Any] = {
             "request_id": request_id,

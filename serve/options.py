@@ -69,6 +69,8 @@ class ServerOptions:
     """0: any that is free; so is the next."""
     http_port: int
     """Of the sidecar: /live, /ready, /metrics."""
+    sampling_defaults: Literal["model", "openai"]
+    """Who decides how requests in text are sampled that say nothing about it."""
     stream_interval: int
     """Tokens that a message has at least, but for a sample's last."""
     api_key: str | None = field(repr=False)

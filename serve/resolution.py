@@ -106,6 +106,7 @@ def resolve(
         host=arguments.host,
         grpc_port=grpc_port,
         http_port=http_port,
+        sampling_defaults=arguments.sampling_defaults,
         stream_interval=arguments.stream_interval,
         api_key=_key("--api-key", arguments.api_key),
         admin_api_key=_key("--admin-api-key", arguments.admin_api_key),

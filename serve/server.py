@@ -18,9 +18,11 @@ from serve.logs import RequestLog
 from serve.metrics import Metrics
 from serve.options import ServerOptions
 from serve.protos.mimo.serve.v1.generation_pb2_grpc import add_GenerationServicer_to_server
+from serve.sampling_defaults import sampling_defaults
 from serve.services import scheduler_service, text_service
 from serve.services.answering import Answering
 from serve.services.grpc_server import GrpcServer, Service
+from serve.services.requests import Requests
 from serve.services.scheduler_service import SchedulerService
 from serve.services.security import server_credentials
 from serve.services.text_service import TextService
@@ -88,23 +90,20 @@ class _Server:
         tokenizer = _tokenizer(options)
         sidecar = HttpSidecar(self.engine)
         sidecar.show(metrics)
-        building = asyncio.create_task(
-            asyncio.to_thread(build_engine, options, metrics, tokenizer, self._say, self._failed)
-        )
         ending = asyncio.create_task(self._ending.wait())
         grpc: GrpcServer | None = None
         endpoint = options.otlp_traces_endpoint
         tracer = Tracer(endpoint, options.served_model_name) if endpoint else None
         try:
-            service = SchedulerService(
+            requests = Requests(
                 self.engine,
-                options.model,
-                options.tokenizer,
                 seed=options.random_seed,
-                stream_interval=options.stream_interval,
                 max_seconds=options.max_request_seconds,
                 log=RequestLog(options.log_requests),
                 tracer=tracer,
+            )
+            service = SchedulerService(
+                requests, options.model, options.tokenizer, stream_interval=options.stream_interval
             )
             services = [
                 Service(
@@ -114,11 +113,9 @@ class _Server:
                     scheduler_service.ADMIN_METHODS,
                 )
             ]
-            answering = None
             if tokenizer is not None:
-                answering = Answering(
-                    self.engine, tokenizer, seed=options.random_seed, max_seconds=options.max_request_seconds
-                )
+                defaults = sampling_defaults(options.model, options.sampling_defaults)
+                answering = Answering(requests, tokenizer, defaults, stream_interval=options.stream_interval)
                 text = TextService(answering)
                 services.append(
                     Service(
@@ -133,14 +130,16 @@ class _Server:
             await grpc.start()
             http = await sidecar.start(options.host, options.http_port or (grpc.port + 1 if options.grpc_port else 0))
             logger.info("gRPC on %s:%d, HTTP on port %d; not ready yet", options.host, grpc.port, http)
+            building = asyncio.create_task(
+                asyncio.to_thread(build_engine, options, metrics, tokenizer, self._say, self._failed)
+            )
             await asyncio.wait({building, ending}, return_when=asyncio.FIRST_COMPLETED)
             if not building.done():
                 logger.warning("told to end before the server was ready")
                 os._exit(0)  # a compiler cannot be interrupted
             built: Built = building.result()
-            if options.grammar_backend != "none" and tokenizer is not None and answering is not None:
-                compiler = ConstraintCompiler(tokenizer, built.model.config.vocab_size, built.model.eos_ids)
-                service.compiler = answering.compiler = compiler
+            if options.grammar_backend != "none" and tokenizer is not None:
+                requests.compiler = ConstraintCompiler(tokenizer, built.model.config.vocab_size, built.model.eos_ids)
             built.engine.start()
             self.engine.arrive(built.engine)
             logger.info("ready: %s on %s:%d", options.served_model_name, options.host, grpc.port)

@@ -34,16 +34,12 @@ class Tracer:
         self._tracer = self._provider.get_tracer("mimo-serve")
         self._propagator, self._model = TraceContextTextMapPropagator(), model
 
-    def request(self, request_id: str, prompt_tokens: int, metadata: Mapping[str, str]) -> "RequestTrace":
+    def request(self, request_id: str, metadata: Mapping[str, str]) -> "RequestTrace":
         """The trace of a request that has just come; it joins the caller's if the metadata hold a `traceparent`."""
         span = self._tracer.start_span(
             "generate",
             context=self._propagator.extract(metadata),
-            attributes={
-                "gen_ai.request.model": self._model,
-                "gen_ai.usage.input_tokens": prompt_tokens,
-                "mimo.request_id": request_id,
-            },
+            attributes={"gen_ai.request.model": self._model, "mimo.request_id": request_id},
         )
         return RequestTrace(self._tracer, span)
 
@@ -60,6 +56,10 @@ class RequestTrace:
         self._came = time.time_ns()
         self._prefill: int | None = None
         self._decode: int | None = None
+
+    def read(self, prompt_tokens: int) -> None:
+        """Its prompt is known."""
+        self._span.set_attribute("gen_ai.usage.input_tokens", prompt_tokens)
 
     def prefilling(self) -> None:
         """It left the queue; only the first time counts, as it may be sent back."""

@@ -2,8 +2,9 @@
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
@@ -46,12 +47,26 @@ def joined(group: Group, timeout: float) -> Iterator[None]:
     peers.leave()
 
 
-def agree(what: str, said: str) -> None:
+def agree(said: Mapping[str, Any]) -> None:
     """Raise unless all processes say the same, which collectives over different work would hang for.
 
+    Args:
+        said: By the name of what it is about; compared as `repr` shows it.
+
     Raises:
-        HostsError: They do not.
+        HostsError: They do not; the message has the first name that they say something else of.
     """
-    sums = np.asarray(process_allgather(np.uint32(zlib.crc32(said.encode())))).reshape(-1)
-    if (odd := np.flatnonzero(sums != sums[0])).size:
-        raise HostsError(f"process 0 and process {odd[0]} were given different {what}")
+    sums = np.asarray([zlib.crc32(repr(value).encode()) for value in said.values()], np.uint32)
+    everywhere = np.asarray(process_allgather(sums)).reshape(-1, len(said))
+    for process, what in np.argwhere(everywhere != everywhere[0]).tolist():
+        raise HostsError(
+            f"process 0 and process {process} were given different {list(said)[what]}: start every process with the "
+            "same model and the same flags"
+        )
+
+
+def least(value: int) -> int:
+    """The smallest of what all processes say, any that 64 bits hold."""
+    words = np.asarray([value], np.int64).view(np.uint32)  # JAX would cut it to 32 bits
+    everywhere = np.asarray(process_allgather(words)).reshape(-1, 2)
+    return int(np.ascontiguousarray(everywhere).view(np.int64).min())

@@ -14,7 +14,7 @@ from sharding.topology import Topology, TopologyError
 
 @pytest.mark.parametrize("preset", ["mimo-v2.5-pro", "mimo-v2-flash"])
 def test_a_share_is_as_many_bytes_as_a_device_has(preset):
-    """But for what every device has whole: norms, routers, and the drafter's projection of captured layers."""
+    """But for routers, which every device has whole and a share only in part."""
     config, drafter = PRESETS[preset].configs()
     device = known_devices()["H200"]
     topology = Topology(8, expert_parallel=8)
@@ -22,6 +22,9 @@ def test_a_share_is_as_many_bytes_as_a_device_has(preset):
     whole = Plan(ModelShapes.of(config, drafter), topology, device, 1, 1024, 8 if drafter else 1).memory()
     mine = Plan(ModelShapes.of(part, part_drafter), Topology(), device, 1, 1024, 8 if drafter else 1).memory()
     for name, nbytes in whole.weights.items():
+        if name == "router":
+            assert mine.weights[name] == pytest.approx(nbytes / 8, rel=0.01)
+            continue
         assert mine.weights[name] == pytest.approx(nbytes, rel=0.02, abs=8e6 * len(config.layers)), name
     assert mine.drafter == pytest.approx(whole.drafter, rel=0.02)
     assert part.moe.experts / part.moe.top_k == config.moe.experts / config.moe.top_k
@@ -37,7 +40,7 @@ def test_refuses_what_cannot_be_shared():
 
 def test_says_that_there_is_no_room():
     config, drafter = PRESETS["mimo-v2.5-pro"].configs()
-    with pytest.raises(ValueError, match="weights take 7.* GB and there are"):
+    with pytest.raises(ValueError, match=r"weights take 7.* GB and there are"):
         random_model(*share(config, drafter, 8), "bfloat16")
 
 

@@ -53,7 +53,8 @@ def share(
 ) -> tuple[BackboneConfig, DrafterConfig | None]:
     """A model that is as much work as what one of `devices` has of this one: TP over all, whole experts on each.
 
-    Of every token's experts as many as fall on a device on average, so that its experts are read as often.
+    Of every token's experts as many as fall on a device on average, so that its experts are read as often. The router,
+    which every device has whole, is smaller: some 4 % of a small batch's bytes are missing.
 
     Raises:
         TopologyError: The model cannot be cut that way.

@@ -152,7 +152,7 @@ class BatchingEngine:
     def submit(self, request: GenerationRequest) -> EventStream:
         """Queue a request (see `serve.generation.Engine`)."""
         self._check(request)
-        stream = EventStream(request.n, lambda: self._abandon(request.request_id))
+        stream = EventStream(request.n, lambda: self._abandon(live))
         live = self._live[request.request_id] = _Live(stream)
         now, leader = time.monotonic(), None
         for index in range(request.n):
@@ -249,8 +249,15 @@ class BatchingEngine:
         if request.sampling.stop and self._tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this model has none; use stop_token_ids")
 
-    def _abandon(self, request_id: str) -> None:
-        self._send(lambda: self._abort(request_id, "abort", "the client went away"))
+    def _abandon(self, live: _Live) -> None:
+        request_id = live.sequences[0].request.request_id
+
+        def abort() -> None:
+            # it may have finished, unheard, and its id be another request's by now
+            if self._live.get(request_id) is live:
+                self._abort(request_id, "abort", "the client went away")
+
+        self._send(abort)
 
     def _send(self, act: Callable[[], None]) -> None:
         """Have the engine's thread do something before its next step."""

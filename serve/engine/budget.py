@@ -10,6 +10,7 @@ from mimo_jax.model import Model, available_memory
 from mimo_jax.slots import build_slots
 from serve.engine.scheduler import Sizes
 from serve.options import ServerOptions
+from sharding.distributed import least
 
 SMALL_CHUNK = 64
 """Prompt tokens of the smaller prefill programs, which take several rows at a time."""
@@ -79,9 +80,11 @@ def _device_bytes(model: Model, slots: int, capacity: int, **sizes: int) -> int:
 
 
 def _memory(options: ServerOptions) -> int:
-    """Bytes of a device that caches may take: the fraction, less what is in use."""
+    """Bytes that caches may take of a device, of any process: the fraction, less what is in use."""
     share, devices = options.mem_fraction_static, jax.local_devices()
     if options.platform == "cpu":  # host memory, which the weights have their part of already
-        return int(available_memory() * share) // len(devices)
-    stats = [device.memory_stats() or {} for device in devices]
-    return min(int(s["bytes_limit"] * share) - s["bytes_in_use"] for s in stats)
+        left = int(available_memory() * share) // len(devices)
+    else:
+        stats = [device.memory_stats() or {} for device in devices]
+        left = min(int(s["bytes_limit"] * share) - s["bytes_in_use"] for s in stats)
+    return least(left)  # programs have the same sizes everywhere

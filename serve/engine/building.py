@@ -16,8 +16,25 @@ from serve.engine.followers import LeadingExecutor
 from serve.generation import EngineInfo
 from serve.metrics import Metrics
 from serve.options import ServerOptions
+from sharding.distributed import agree
 
 logger = logging.getLogger(__name__)
+
+_ALIKE = (
+    "platform",
+    "context_length",
+    "page_size",
+    "max_running_requests",
+    "chunked_prefill_size",
+    "block_size",
+    "verify_length",
+    "rounds_per_dispatch",
+    "mem_fraction_static",
+    "max_total_tokens",
+    "max_snapshots",
+    "disable_radix_cache",
+)
+"""Options that programs follow from, besides those that weights are loaded by: every process has the same."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,7 @@ def build_executor(
         on_compile: See `Executor`.
     """
     begun = time.monotonic()
+    agree({name: getattr(options, name) for name in _ALIKE})
     say("loading weights")
     with loading_bar() as bar:
 

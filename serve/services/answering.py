@@ -1,20 +1,17 @@
 """Requests of our own protocol, answered: what every service that speaks text stands on."""
 
-import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import cast
 
 from grpc.aio import ServicerContext
 
 from mimo_jax.request import SamplingParams
 from mimo_jax.tokenizer import Tokenizer
-from serve.generation import Engine, Event, Finished, GenerationRequest, RoundTokens, TokenLogprobs, Usage
+from serve.generation import Finished, GenerationRequest, RoundTokens, TokenLogprobs, Usage
 from serve.protos.mimo.serve.v1 import generation_pb2 as pb
-from serve.services.constraints import Compiler
-from serve.services.limits import deadline
+from serve.services.requests import Requests
 from serve.services.seeds import derived_seed
 from serve.services.text_request import Prompt, read_request
 from serve.text.answer import Answer
@@ -31,54 +28,56 @@ class Answering:
     """An engine with its tokenizer, asked in text.
 
     Args:
-        engine: Answers in tokens.
-        tokenizer: Of its model.
-        compiler: Makes constraints; None: there can be none.
+        requests: Where they go.
+        tokenizer: Of the engine's model.
         defaults: What requests are decoded with where they say nothing.
-        seed: Of the server, for requests that bring none.
-        max_seconds: A request may take; None: as long as it likes.
+        stream_interval: Tokens that a message has at least, but for a sample's last, where a request says nothing.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        requests: Requests,
         tokenizer: Tokenizer,
-        *,
-        compiler: Compiler | None = None,
         defaults: SamplingParams | None = None,
-        seed: int = 0,
-        max_seconds: float | None = None,
+        *,
+        stream_interval: int = 1,
     ) -> None:
-        self.engine, self.tokenizer, self.compiler = engine, tokenizer, compiler
-        self.defaults = defaults or SamplingParams()
-        self._seed, self._max_seconds = seed, max_seconds
+        self.requests, self.engine, self.tokenizer = requests, requests.engine, tokenizer
+        self.defaults, self._interval = defaults or SamplingParams(), stream_interval
 
     async def answer(
         self, message: pb.GenerateRequest, context: ServicerContext
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """A message for every round, and one for every sample's end. Closing it aborts what is left.
+        """Messages of one round or more, and one for every sample's end. Closing it aborts what is left.
 
         Raises:
             Refused: It cannot be served.
             EngineFailed: The engine died.
             TimeoutError: The deadline passed.
         """
-        until = deadline(context, self._max_seconds)
-        request_id = message.request_id or uuid.uuid4().hex
-        defaults = replace(self.defaults, seed=derived_seed(self._seed, request_id))
-        request, prompt = await asyncio.to_thread(
-            read_request, message, request_id, self.tokenizer, self.engine.info, defaults, self.compiler, until
-        )
-        samples = [_Sample(self.tokenizer, request, prompt, index) for index in range(request.n)]
-        events = self.engine.submit(request)
-        async with aclosing(cast(AsyncGenerator[Event, None], events)):
+        requests, request_id = self.requests, message.request_id or uuid.uuid4().hex
+        defaults = replace(self.defaults, seed=derived_seed(requests.seed, request_id))
+        samples: list[_Sample] = []
+
+        def read(until: float | None) -> GenerationRequest:
+            request, prompt = read_request(
+                message, request_id, self.tokenizer, self.engine.info, defaults, requests.compiler, until
+            )
+            samples.extend(_Sample(self.tokenizer, request, prompt, index) for index in range(request.n))
+            return request
+
+        interval = message.stream_interval if message.HasField("stream_interval") else self._interval
+        async with aclosing(requests.events(request_id, context, read)) as events:
             async for event in events:
+                sample = samples[event.index]
                 if isinstance(event, RoundTokens):
-                    yield samples[event.index].round(event)
-                elif event.reason == "deadline":
-                    raise TimeoutError("the request took longer than it may")
+                    sample.add(event)
+                    if sample.held >= interval:
+                        yield sample.round()
                 else:
-                    yield samples[event.index].finished(event)
+                    if sample.held:
+                        yield sample.round()
+                    yield sample.finished(event)
 
 
 class _Sample:
@@ -88,29 +87,37 @@ class _Sample:
         self._tokenizer, self._request_id, self._index = tokenizer, request.request_id, index
         self._answer = Answer(tokenizer, request.sampling.stop, prompt.thinking, prompt.functions)
         self._calls = 0
+        self._round = pb.Round()
         self._stood: list[int] = []
         """For each position of a block: rounds in which the draft there stood."""
 
-    def round(self, event: RoundTokens) -> pb.GenerateResponse:
-        said = self._answer.push(event.token_ids)
-        message = pb.Round(
-            token_ids=event.token_ids,
-            text=said.text,
-            reasoning=said.reasoning,
-            drafted=event.drafted,
-            accepted=event.accepted,
-        )
+    @property
+    def held(self) -> int:
+        """Tokens that are in no message yet."""
+        return len(self._round.token_ids)
+
+    def add(self, event: RoundTokens) -> None:
+        """Take a round."""
+        message, said = self._round, self._answer.push(event.token_ids)
+        message.token_ids.extend(event.token_ids)
+        message.text += said.text
+        message.reasoning += said.reasoning
+        message.drafted += event.drafted
+        message.accepted += event.accepted
         stood = self._stood
         if event.drafted > len(stood):
             stood += [0] * (event.drafted - len(stood))
         for position in range(event.accepted):
             stood[position] += 1
-        if said.calls:
-            message.tool_calls.extend(self._named(said.calls))
+        message.tool_calls.extend(self._named(said.calls))
         if event.logprobs:
             message.logprobs.extend(
                 self._logprob(token, known) for token, known in zip(event.token_ids, event.logprobs, strict=True)
             )
+
+    def round(self) -> pb.GenerateResponse:
+        """What was taken since the last message."""
+        message, self._round = self._round, pb.Round()
         return pb.GenerateResponse(request_id=self._request_id, index=self._index, round=message)
 
     def finished(self, event: Finished) -> pb.GenerateResponse:

@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 
 from serve.channel import MAX_MESSAGE_BYTES
 from serve.generation import Engine
+from serve.services.decoding import DecodingInterceptor
 from serve.services.health import HealthService
 from serve.services.security import KeyInterceptor
 
@@ -58,7 +59,8 @@ class GrpcServer:
         api_key: str | None = None,
         admin_key: str | None = None,
     ) -> None:
-        self._engine, self._services = engine, services
+        self._services = services
+        self._health = HealthService(engine, [service.name for service in services])
         self._address, self._credentials = address, credentials
         admin = {method for service in services for method in service.admin_methods}
         self._keys = KeyInterceptor(api_key, admin_key, admin)
@@ -89,18 +91,18 @@ class GrpcServer:
         await self._server.start()
 
     async def stop(self, grace: float) -> None:
-        """End: open calls have so many seconds."""
+        """End: calls that are open have so many seconds; those that watch health need none."""
+        self._health.end()
         if self._server is not None:
             await self._server.stop(grace)
         if self._credentials and self.probe_port:
             await self._probes.stop(grace)
 
     def _build(self, services: Sequence[Service]) -> grpc.aio.Server:
-        server = grpc.aio.server(interceptors=[self._keys], options=_OPTIONS)
+        server = grpc.aio.server(interceptors=[self._keys, DecodingInterceptor()], options=_OPTIONS)
         for service in services:
             service.add(service.servicer, server)
-        names = [service.name for service in self._services]
-        add_HealthServicer_to_server(HealthService(self._engine, names), server)
+        add_HealthServicer_to_server(self._health, server)
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         known = [*(service.name for service in services), health, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(known, server)

@@ -12,13 +12,12 @@ from contextlib import aclosing
 from importlib.metadata import version
 from typing import Any
 
-import grpc
 from google.protobuf.json_format import ParseDict, ParseError
 from grpc.aio import ServicerContext
 from tritonclient.grpc import model_config_pb2, service_pb2
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceServicer
 
-from serve.generation import EngineFailed, InvalidRequest, Refused, Status
+from serve.generation import EngineFailed, InvalidRequest, NotFound, Refused, Status
 from serve.protos.mimo.serve.v1 import generation_pb2 as pb
 from serve.services.answering import Answering, whole
 from serve.services.status import statuses
@@ -65,7 +64,7 @@ class KServeService(GRPCInferenceServiceServicer):
         """What goes into the model and comes out."""
         tensor = kserve.ModelMetadataResponse.TensorMetadata
         async with statuses(context):
-            await self._check_model(request.name, request.version, context)
+            self._check_model(request.name, request.version)
             return kserve.ModelMetadataResponse(
                 name=request.name,
                 versions=["1"],
@@ -79,7 +78,7 @@ class KServeService(GRPCInferenceServiceServicer):
         config: Any = model_config_pb2
         kinds = {"BYTES": config.TYPE_STRING, "BOOL": config.TYPE_BOOL}
         async with statuses(context):
-            await self._check_model(request.name, request.version, context)
+            self._check_model(request.name, request.version)
             inputs = [
                 config.ModelInput(name=name, data_type=kinds[kind], dims=[1], optional=name != "text_input")
                 for name, kind in _INPUTS
@@ -97,7 +96,7 @@ class KServeService(GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: Any, context: ServicerContext) -> Any:
         """Answer a prompt in one message."""
         async with statuses(context):
-            await self._check_model(request.model_name, request.model_version, context)
+            self._check_model(request.model_name, request.model_version)
             message, _ = _read(request)
             return await self._infer(request, message, context)
 
@@ -117,8 +116,7 @@ class KServeService(GRPCInferenceServiceServicer):
 
     async def _stream(self, request: Any, context: ServicerContext) -> AsyncGenerator[Any, None]:
         try:
-            if not self._serves(request.model_name, request.model_version):
-                raise InvalidRequest(self._unknown(request.model_name, request.model_version))
+            self._check_model(request.model_name, request.model_version)
             message, streams = _read(request)
             if not streams:
                 yield _in_stream(await self._infer(request, message, context))
@@ -140,13 +138,10 @@ class KServeService(GRPCInferenceServiceServicer):
     def _serves(self, name: str, model_version: str) -> bool:
         return name == self._engine.info.model and model_version in ("", "1")
 
-    def _unknown(self, name: str, model_version: str) -> str:
-        asked = f"{name} in version {model_version}" if model_version else name
-        return f"there is no model {asked}: this server serves {self._engine.info.model}, version 1"
-
-    async def _check_model(self, name: str, model_version: str, context: ServicerContext) -> None:
+    def _check_model(self, name: str, model_version: str) -> None:
         if not self._serves(name, model_version):
-            await context.abort(grpc.StatusCode.NOT_FOUND, self._unknown(name, model_version))
+            asked = f"{name} in version {model_version}" if model_version else name
+            raise NotFound(f"there is no model {asked}: this server serves {self._engine.info.model}, version 1")
 
 
 def _read(request: Any) -> tuple[pb.GenerateRequest, bool]:

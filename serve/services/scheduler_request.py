@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from google.protobuf.json_format import MessageToDict
+from google.protobuf.struct_pb2 import Struct
 from smg_grpc_proto.generated import sglang_scheduler_pb2 as pb
 
 from mimo_jax.request import SamplingParams
@@ -39,12 +39,9 @@ def read_request(
     """
     _refuse_unsupported(message)
     given = message.sampling_params
-    custom = MessageToDict(given.custom_params)
     kind = given.WhichOneof("constraint")
     grammar = getattr(given, kind) if kind else None
     prompt = list(message.tokenized.input_ids)
-    if not message.request_id:
-        raise InvalidRequest("request_id is empty: every request needs one of its own")
     if not prompt:
         raise InvalidRequest("tokenized.input_ids is empty: there must be at least one token to continue")
     biases = _biases(given.logit_bias)
@@ -69,7 +66,7 @@ def read_request(
             presence_penalty=given.presence_penalty,
             frequency_penalty=given.frequency_penalty,
             logit_bias=biases,
-            seed=_seed(custom.get("seed"), message.request_id, seed),
+            seed=_seed(given.custom_params, message.request_id, seed),
             stop=tuple(given.stop),
             stop_token_ids=tuple(given.stop_token_ids),
             ignore_eos=given.ignore_eos,
@@ -85,6 +82,7 @@ def read_request(
         top_logprobs=message.top_logprobs_num if message.return_logprob else 0,
         constraint=compiled(compiler, CONSTRAINTS[kind] if kind else None, grammar),
         deadline=deadline,
+        text=message.tokenized.original_text or None,
     )
 
 
@@ -115,10 +113,11 @@ def _biases(given: Any) -> dict[int, float]:
         raise InvalidRequest("logit_bias must be keyed by token ids, written as whole numbers") from None
 
 
-def _seed(given: Any, request_id: str, seed: int) -> int:
+def _seed(custom: Struct, request_id: str, seed: int) -> int:
     """A request's own seed, or one that its id and the server's decide, so that a run can be repeated."""
+    given = dict(custom).get("seed")
     if given is None:
         return derived_seed(seed, request_id)
-    if not isinstance(given, int | float) or given != int(given) or not 0 <= given < 1 << 32:
+    if not isinstance(given, int | float) or not 0 <= given < 1 << 32 or given != int(given):
         raise InvalidRequest(f"custom_params.seed must be a whole number from 0 to 4294967295, not {given!r}")
     return int(given)

@@ -6,8 +6,8 @@ import io
 import time
 import zipfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import aclosing
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,13 +20,10 @@ from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import sglang_scheduler_pb2 as pb
 from smg_grpc_proto.generated.sglang_scheduler_pb2_grpc import SglangSchedulerServicer
 
-from serve.generation import Engine, Finished, RoundTokens, Status, TokenLogprobs
-from serve.logs import RequestLog
-from serve.services.constraints import Compiler
-from serve.services.limits import deadline
+from serve.generation import Finished, GenerationRequest, RoundTokens, Status, TokenLogprobs
+from serve.services.requests import Requests
 from serve.services.scheduler_request import read_request
 from serve.services.status import statuses
-from serve.tracing import Tracer
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["SglangScheduler"].full_name
 ADMIN_METHODS = frozenset(f"/{SERVICE_NAME}/{name}" for name in ("FlushCache", "StartProfile", "StopProfile"))
@@ -58,33 +55,15 @@ class SchedulerService(SglangSchedulerServicer):
     """`sglang.grpc.scheduler.SglangScheduler` over an engine.
 
     Args:
-        engine: Answers.
+        requests: Where they go.
         model: The checkpoint's folder.
         tokenizer: The folder of the tokenizer's files.
-        compiler: Makes constraints; None: there can be none.
-        seed: Of the server.
         stream_interval: Tokens that a message has at least, but for a sample's last.
-        max_seconds: A request may take; None: as long as it likes.
-        log: Told of requests; None: nobody is.
-        tracer: Follows requests; None: nobody does.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        model: Path,
-        tokenizer: Path,
-        *,
-        compiler: Compiler | None = None,
-        seed: int = 0,
-        stream_interval: int = 1,
-        max_seconds: float | None = None,
-        log: RequestLog | None = None,
-        tracer: Tracer | None = None,
-    ) -> None:
-        self._engine, self._model, self._tokenizer = engine, model, tokenizer
-        self.compiler, self._seed, self._max_seconds = compiler, seed, max_seconds
-        self._interval, self._log, self._tracer = stream_interval, log, tracer
+    def __init__(self, requests: Requests, model: Path, tokenizer: Path, *, stream_interval: int = 1) -> None:
+        self._requests, self._engine = requests, requests.engine
+        self._model, self._tokenizer, self._interval = model, tokenizer, stream_interval
         self._started = time.time()
         self._last_request = 0.0
 
@@ -92,30 +71,23 @@ class SchedulerService(SglangSchedulerServicer):
         """Answer a prompt: deltas as they come, and a last message with everything for every sample."""
         self._last_request = time.time()
         samples: dict[int, _Sample] = {}
-        begun = time.monotonic()
-        async with statuses(context), self._traced(request, context) as trace:
-            until = deadline(context, self._max_seconds)
-            asked = await asyncio.to_thread(read_request, request, self._engine.info, self.compiler, self._seed, until)
-            asked = replace(asked, trace=trace)
-            interval = request.sampling_params.stream_interval or self._interval
-            async with aclosing(self._engine.submit(asked)) as events:  # pyright: ignore[reportArgumentType]
-                if self._log:
-                    self._log.received(asked, request.tokenized.original_text or None)
-                async for event in events:
-                    sample = samples.setdefault(event.index, _Sample())
-                    if isinstance(event, RoundTokens):
-                        sample.ids += event.token_ids
-                        sample.known += event.logprobs
-                        if request.stream and len(sample.ids) - sample.sent >= interval:
-                            yield self._chunk(request, event.index, sample)
-                        continue
-                    if self._log:
-                        self._log.finished(asked.request_id, event, time.monotonic() - begun, sample.ids)
-                    if event.reason == "deadline":
-                        raise TimeoutError("the request took longer than it may")
-                    if request.stream and len(sample.ids) > sample.sent:
+        interval = request.sampling_params.stream_interval or self._interval
+
+        def read(until: float | None) -> GenerationRequest:
+            return read_request(request, self._engine.info, self._requests.compiler, self._requests.seed, until)
+
+        async with statuses(context), aclosing(self._requests.events(request.request_id, context, read)) as events:
+            async for event in events:
+                sample = samples.setdefault(event.index, _Sample())
+                if isinstance(event, RoundTokens):
+                    sample.ids += event.token_ids
+                    sample.known += event.logprobs
+                    if request.stream and len(sample.ids) - sample.sent >= interval:
                         yield self._chunk(request, event.index, sample)
-                    yield self._complete(request, event, sample)
+                    continue
+                if request.stream and len(sample.ids) > sample.sent:
+                    yield self._chunk(request, event.index, sample)
+                yield self._complete(request, event, sample)
 
     async def HealthCheck(self, request: Any, context: ServicerContext) -> pb.HealthCheckResponse:
         """Whether requests are taken."""
@@ -124,7 +96,7 @@ class SchedulerService(SglangSchedulerServicer):
 
     async def Abort(self, request: pb.AbortRequest, context: ServicerContext) -> pb.AbortResponse:
         """End a request; its stream ends normally. An id that nobody knows is no error."""
-        done = self._engine.abort(request.request_id, request.reason)
+        done = self._requests.abort(request.request_id, request.reason)
         message = "" if done else f"no request {request.request_id!r} is being answered"
         return pb.AbortResponse(success=done, message=message)
 
@@ -214,21 +186,6 @@ class SchedulerService(SglangSchedulerServicer):
             last = start + _CHUNK >= len(data)
             digest = hashlib.sha256(data).hexdigest() if last else ""
             yield common_pb2.GetTokenizerChunk(data=data[start : start + _CHUNK], sha256=digest)
-
-    @asynccontextmanager
-    async def _traced(self, request: pb.GenerateRequest, context: ServicerContext) -> AsyncIterator[Any]:
-        """The trace of a request, if somebody wants one; closed at the end, with the error if there was one."""
-        if self._tracer is None:
-            yield None
-            return
-        metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
-        trace = self._tracer.request(request.request_id, len(request.tokenized.input_ids), metadata)
-        try:
-            yield trace
-        except BaseException as error:
-            trace.close(str(error) or type(error).__name__)
-            raise
-        trace.close()
 
     def _chunk(self, request: pb.GenerateRequest, index: int, sample: _Sample) -> pb.GenerateResponse:
         new, sample.sent = slice(sample.sent, None), len(sample.ids)

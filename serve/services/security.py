@@ -1,6 +1,7 @@
 """Who may call what: TLS from files, and keys in the metadata of calls."""
 
 import hmac
+import ssl
 from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,17 @@ def server_credentials(certificate: Path, key: Path, clients: Path | None) -> gr
         clients: Who must have signed a client's certificate; None: clients need none.
 
     Raises:
-        ValueError: A file cannot be read, or is no PEM.
+        ValueError: A file cannot be read or is no PEM, or the key is encrypted or not the certificate's.
     """
     pair = (_pem(key, "PRIVATE KEY"), _pem(certificate, "CERTIFICATE"))
     roots = _pem(clients, "CERTIFICATE") if clients else None
+    try:  # gRPC itself would say so only in its log, at the first handshake
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except ssl.SSLError as error:
+        raise ValueError(
+            f"{key} is no key of {certificate}: expected the unencrypted private key of its first certificate "
+            f"({error.reason})"
+        ) from None
     return grpc.ssl_server_credentials([pair], roots, require_client_auth=clients is not None)
 
 

@@ -17,6 +17,7 @@ from serve.protos.mimo.serve.v1 import generation_pb2 as pb
 from serve.services.constraints import Compiler, compiled
 from serve.services.limits import check_limits
 from serve.text.reasoning import OPEN, Thinking, thinking_of_prompt
+from serve.text.required_calls import calls_grammar
 from serve.text.thinking_constraint import AfterThinking
 
 CONSTRAINTS = ("json_schema", "regex", "lark", "choices")
@@ -71,16 +72,29 @@ def read_request(
     if message.top_logprobs and not message.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: set both")
     prompt = _prompt(message, tokenizer)
+    kind = message.WhichOneof("constraint")
+    if message.HasField("chat") and message.chat.tool_choice == pb.TOOL_CHOICE_REQUIRED:
+        if kind:
+            raise InvalidRequest(f"{kind} and TOOL_CHOICE_REQUIRED both constrain the answer: ask for one of them")
+        kind, grammar = "lark", _required_calls(message.chat.required_tool, prompt.functions or {})
     sampling = _sampling(message.sampling, defaults, info.context_length - len(prompt.ids))
     try:
         check_requests([prompt.ids], [sampling], info.vocab_size, info.context_length)
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
-    constraint = compiled(compiler, message.WhichOneof("constraint"), grammar)
+    constraint = compiled(compiler, kind, grammar)
     if constraint and prompt.thinking not in (None, Thinking.AFTER) and tokenizer.token_id(OPEN) is not None:
         constraint = AfterThinking(constraint, prompt.thinking, tokenizer, info.eos_ids)
     request = GenerationRequest(
-        request_id, prompt.ids, sampling, n, message.logprobs, message.top_logprobs, constraint, deadline
+        request_id,
+        prompt.ids,
+        sampling,
+        n,
+        message.logprobs,
+        message.top_logprobs,
+        constraint,
+        deadline,
+        message.text.text if message.HasField("text") else None,
     )
     return request, prompt
 
@@ -93,7 +107,7 @@ def read_text(text: pb.Text, tokenizer: Tokenizer) -> list[int]:
 def read_chat(chat: pb.Chat, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a conversation. Raises `InvalidRequest` if it is malformed."""
     thinking = chat.enable_thinking if chat.HasField("enable_thinking") else None
-    tools = [{"type": "function", "function": _function(tool)} for tool in chat.tools]
+    tools = [{"type": "function", "function": _function(tool)} for tool in _tools(chat)]
     try:
         return tokenizer.encode_chat([_turn(message) for message in chat.messages], tools, thinking)
     except ChatTemplateError as error:
@@ -116,9 +130,25 @@ def _prompt(message: pb.GenerateRequest, tokenizer: Tokenizer) -> Prompt:
             return Prompt(list(message.token_ids.ids))
         case "chat":
             ids = read_chat(message.chat, tokenizer)
-            functions = {tool.name: _parameters(tool) for tool in message.chat.tools}
+            functions = {tool.name: _parameters(tool) for tool in _tools(message.chat)}
             return Prompt(ids, thinking_of_prompt(tokenizer, ids), functions)
     raise InvalidRequest("there is no prompt: give text, token_ids or chat")
+
+
+def _tools(chat: pb.Chat) -> Sequence[pb.Tool]:
+    """Those that the answer may call."""
+    if chat.required_tool and chat.tool_choice != pb.TOOL_CHOICE_REQUIRED:
+        raise InvalidRequest(f"required_tool {chat.required_tool!r} goes with TOOL_CHOICE_REQUIRED alone")
+    return () if chat.tool_choice == pb.TOOL_CHOICE_NONE else chat.tools
+
+
+def _required_calls(name: str, functions: Mapping[str, Mapping[str, Any]]) -> str:
+    """The grammar of an answer that must call one of these functions, or the one that is named."""
+    if not functions:
+        raise InvalidRequest("TOOL_CHOICE_REQUIRED needs tools")
+    if name and name not in functions:
+        raise InvalidRequest(f"there is no tool {name!r} to be required; there are {', '.join(functions)}")
+    return calls_grammar({name: functions[name]} if name else functions, once=bool(name))
 
 
 def _turn(message: pb.ChatMessage) -> dict[str, Any]:

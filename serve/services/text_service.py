@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from importlib.metadata import version
@@ -75,7 +76,7 @@ class TextService(GenerationServicer):
 
     async def Abort(self, request: pb.AbortRequest, context: ServicerContext) -> pb.AbortResponse:
         """End a request."""
-        return pb.AbortResponse(aborted=self._engine.abort(request.request_id, request.message))
+        return pb.AbortResponse(aborted=self._answering.requests.abort(request.request_id, request.message))
 
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: ServicerContext
@@ -122,12 +123,14 @@ class TextService(GenerationServicer):
             )
             if status in (Status.STOPPED, Status.FAILED):
                 return
-            await asyncio.sleep(interval)
+            until = time.monotonic() + interval
+            while (left := until - time.monotonic()) > 0 and self._engine.status is status:
+                await asyncio.sleep(min(left, _SHORTEST_INTERVAL))
 
     def _info(self) -> pb.GetServerInfoResponse:
         info, answering = self._engine.info, self._answering
         capabilities = pb.Capabilities(
-            constraints=CONSTRAINTS if answering.compiler else (),
+            constraints=CONSTRAINTS if answering.requests.compiler else (),
             max_n=MAX_SAMPLES,
             max_top_logprobs=MAX_TOP_LOGPROBS,
             reasoning=answering.tokenizer.token_id(THINK) is not None,

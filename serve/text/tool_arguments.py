@@ -21,7 +21,7 @@ def typed_value(text: str, key: str, schema: Mapping[str, Any]) -> Any:
     """
     properties = schema.get("properties")
     declared = properties.get(key) if isinstance(properties, Mapping) else None
-    allowed = _types(declared, schema, depth=8)
+    allowed = value_types(declared, schema)
     if allowed == {"string"}:
         return text
     bare = text.strip()
@@ -37,8 +37,14 @@ def typed_value(text: str, key: str, schema: Mapping[str, Any]) -> Any:
     return text
 
 
-def _types(schema: Any, root: Mapping[str, Any], depth: int) -> set[str] | None:
-    """The JSON types that a schema allows; None for any, or where it cannot be told."""
+def value_types(schema: Any, root: Mapping[str, Any], depth: int = 8) -> set[str] | None:
+    """The JSON types that a schema allows; None for any, or where it cannot be told.
+
+    Args:
+        schema: Of a value.
+        root: In which its references are.
+        depth: Of schemas in schemas that are looked into.
+    """
     if not isinstance(schema, Mapping) or not depth:
         return None
     if isinstance(kind := schema.get("type"), str):
@@ -50,10 +56,10 @@ def _types(schema: Any, root: Mapping[str, Any], depth: int) -> set[str] | None:
     if isinstance(values := schema.get("enum"), list):
         return {_type(v) for v in values}
     if isinstance(target := schema.get("$ref"), str):
-        return _types(_resolve(target, root), root, depth - 1)
+        return value_types(_resolve(target, root), root, depth - 1)
     for word in ("anyOf", "oneOf"):
         if isinstance(options := schema.get(word), list):
-            found = [_types(option, root, depth - 1) for option in options]
+            found = [value_types(option, root, depth - 1) for option in options]
             return None if None in found else set().union(*(f for f in found if f))
     return None
 

@@ -18,8 +18,8 @@ from mimo_jax.tokenizer import overlap
 from serve.text.tool_arguments import typed_value
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_FUNCTION, _FUNCTION_END = "<function=", "</function>"
-_PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
+FUNCTION, FUNCTION_END = "<function=", "</function>"
+PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class _OpenCall:
     # Each step returns whether it has read what it waited for, and then names the next.
 
     def _before_function(self, text: str) -> bool:
-        if not self._tag(text, _FUNCTION):
+        if not self._tag(text, FUNCTION):
             return False
         self._step = self._in_name
         return True
@@ -125,9 +125,9 @@ class _OpenCall:
         return True
 
     def _before_parameter(self, text: str) -> bool:
-        if not (tag := self._tag(text, _PARAMETER, _FUNCTION_END)):
+        if not (tag := self._tag(text, PARAMETER, FUNCTION_END)):
             return False
-        self._step = self._in_key if tag == _PARAMETER else self._before_close
+        self._step = self._in_key if tag == PARAMETER else self._before_close
         return True
 
     def _in_key(self, text: str) -> bool:
@@ -139,7 +139,7 @@ class _OpenCall:
         return True
 
     def _in_value(self, text: str) -> bool:
-        if (value := self._until(text, _PARAMETER_END)) is None:
+        if (value := self._until(text, PARAMETER_END)) is None:
             return False
         self._arguments[self._key] = typed_value(value, self._key, self._parameters[self._name])
         self._step = self._before_parameter

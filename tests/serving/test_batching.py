@@ -143,6 +143,20 @@ async def test_aborts_and_deadlines_free_everything(model, device, rng):
         await collect(streams[3])
 
 
+async def test_leaving_between_the_end_and_the_last_message_aborts_nothing(model, device, rng):
+    prompt = rng.integers(0, model.config.vocab_size, 9).tolist()
+    async with serving(device, model) as engine:
+        left = engine.submit(GenerationRequest("same", prompt, SamplingParams(4)))
+        while engine._live:
+            await asyncio.sleep(0.01)
+        # finished, and nobody has heard of it; its id is free
+        again = engine.submit(GenerationRequest("same", prompt, SamplingParams(40, ignore_eos=True)))
+        await left.aclose()
+        assert [e async for e in left] == []
+        events = await collect(again)
+        assert (end_of(events).reason, len(tokens_of(events))) == ("length", 40)
+
+
 async def test_what_cannot_be_served_is_refused_at_once(model, device):
     params = SamplingParams(8)
     async with serving(device, model) as engine:

@@ -16,6 +16,7 @@ from serve.bench_client import Answer
 from serve.bench_report import summarize
 from serve.cli import main as mimo_serve
 from serve.services.grpc_server import GrpcServer, Service
+from serve.services.requests import Requests
 from serve.services.scheduler_service import ADMIN_METHODS, SERVICE_NAME, SchedulerService
 from tests.serving.scripted_engine import ScriptedEngine
 
@@ -30,7 +31,7 @@ def rounds(request, index):
 @contextmanager
 def serving(engine, api_key=None):
     """A server in a thread of its own; gives its address."""
-    service = SchedulerService(engine, NANO, NANO)
+    service = SchedulerService(Requests(engine), NANO, NANO)
     added = Service(SERVICE_NAME, add_SglangSchedulerServicer_to_server, service, ADMIN_METHODS)
     there, ports, loop = threading.Event(), [], asyncio.new_event_loop()
     end = asyncio.Event()

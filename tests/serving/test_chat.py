@@ -27,7 +27,7 @@ def prompts(engine):
 
 
 async def run(address, *arguments):
-    return await asyncio.to_thread(chat.main, ["--connect", address, *arguments])
+    return await asyncio.to_thread(chat.main, ["--address", address, *arguments])
 
 
 def typed(monkeypatch, *lines):
@@ -198,7 +198,7 @@ async def test_ctrl_c_in_a_terminal_ends_the_answer_and_not_the_chat():
             sys.executable,
             "-m",
             "serve.chat",
-            "--connect",
+            "--address",
             served.address,
             cwd=REPOSITORY,
             stdin=follower,

@@ -27,12 +27,12 @@ def folder(tmp_path_factory):
     return out
 
 
-def start(folder, address, rank, port, log):
+def start(folder, address, rank, port, log, *more):
     command = [sys.executable, "-m", "serve.launch_server", "--model", str(folder), "--tp-size", "4", "--ep-size", "4"]
     command += ["--dp-size", "2", "--enable-dp-attention", "--enable-dp-lm-head", "--moe-dense-tp-size", "1"]
     command += ["--dist-init-addr", address, "--nnodes", "2", "--node-rank", str(rank), "--dist-timeout", "60"]
     command += ["--port", str(port), "--max-running-requests", "2", "--context-length", "256"]
-    command += ["--chunked-prefill-size", "32", "--page-size", "16", "--device", "cpu"]
+    command += ["--chunked-prefill-size", "32", "--page-size", "16", "--device", "cpu", *more]
     with log.open("w") as out:
         return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": FLAGS}, stdout=out, stderr=subprocess.STDOUT)
 
@@ -82,3 +82,21 @@ def test_two_processes_serve_as_one_and_end_together(folder, address, tmp_path):
         for process in (first, second):
             process.kill()
             process.wait()
+
+
+def test_processes_with_different_flags_are_refused(folder, address, tmp_path):
+    """Programs of different sizes would wait for each other forever."""
+    logs = [tmp_path / f"{rank}.log" for rank in (0, 1)]
+    more = [(), ("--page-size", "32")]
+    both = [start(folder, address, rank, 0, logs[rank], *more[rank]) for rank in (0, 1)]
+    try:
+        assert all(process.wait(120) not in (0, None) for process in both)
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    assert any(
+        "process 0 and process 1 were given different page_size: start every process with the same" in log.read_text()
+        for log in logs
+    ), [log.read_text() for log in logs]
+    assert not any("loading" in log.read_text() for log in logs)

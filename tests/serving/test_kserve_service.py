@@ -18,12 +18,13 @@ from serve.generation import EngineFailed, Status
 from serve.services.answering import Answering
 from serve.services.grpc_server import GrpcServer, Service
 from serve.services.kserve_service import SERVICE_NAME, KServeService
+from serve.services.requests import Requests
 from tests.serving.text_server import TextEngine, byte_tokenizer, says
 
 
 @asynccontextmanager
-async def client(engine, **answering):
-    service = KServeService(Answering(engine, byte_tokenizer(), **answering))
+async def client(engine, defaults=None, **requests):
+    service = KServeService(Answering(Requests(engine, **requests), byte_tokenizer(), defaults))
     listed = Service(SERVICE_NAME, add_GRPCInferenceServiceServicer_to_server, service)
     server = GrpcServer(engine, [listed], "127.0.0.1:0")
     await server.start()

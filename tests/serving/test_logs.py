@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import warnings
+from dataclasses import replace
 
 import pytest
 
@@ -110,7 +111,7 @@ END = Finished(0, "stop", Usage(3, 2, 8, 2, 14, 5))
 def test_contents_are_logged_only_where_asked_for(lines, json_lines, contents):
     read = lines(json_lines=json_lines)
     log = logs.RequestLog(contents)
-    log.received(REQUEST, "my secret")
+    log.received(replace(REQUEST, text="my secret"))
     log.received(REQUEST)
     log.finished("r1", END, 0.25, "another secret")
     text = "\n".join(read())

@@ -19,10 +19,14 @@ from typing import Any
 import grpc
 import openai
 import pytest
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from smg_grpc_proto.generated import sglang_scheduler_pb2 as pb
 from smg_grpc_proto.generated.sglang_scheduler_pb2_grpc import SglangSchedulerStub
 
 from mimo_jax import Generator, SamplingParams
+from serve.protos.mimo.serve.v1 import generation_pb2
+from serve.protos.mimo.serve.v1.generation_pb2_grpc import GenerationStub
 
 pytestmark = pytest.mark.slow
 
@@ -33,9 +37,9 @@ ENVIRONMENT = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}  # compiled
 class Server:
     """A server process, and where it listens."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, port: int | None = None) -> None:
         self.log = folder / f"server-{time.monotonic_ns()}.log"
-        self.grpc_port = _free_port()
+        self.grpc_port = port or _free_port()
         command = [sys.executable, "-m", "serve.launch_server", "--port", str(self.grpc_port), *FAST, *flags]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
@@ -252,6 +256,113 @@ async def test_a_mixed_crowd_leaves_nothing_behind_and_compiles_nothing(server):
     assert (load["running"], load["waiting"], load["used_tokens"]) == (0, 0, 0)
     assert "compiled while serving" not in server.log.read_text()
     assert server.http("/ready") == (200, "ready\n")
+
+
+def test_a_client_without_stubs_is_answered(server):
+    """grpc_requests knows of the services what reflection tells."""
+    from grpc_requests import Client
+
+    client: Any = Client.get_by_endpoint(f"127.0.0.1:{server.grpc_port}")
+    try:
+        text, tokens = "mimo.serve.v1.Generation", "sglang.grpc.scheduler.SglangScheduler"
+        assert {text, tokens, "inference.GRPCInferenceService", "grpc.health.v1.Health"} <= set(client.service_names)
+        asked = {"text": {"text": "def add(a, b):"}, "sampling": {"max_new_tokens": 12, "temperature": 0}}
+        whole = client.request(text, "Complete", asked)
+        streamed = list(client.request(text, "Generate", asked))
+        said = "".join(part.get(kind, {}).get("text", "") for part in streamed for kind in ("round", "finished"))
+        offline = Generator.load().generate("def add(a, b):", SamplingParams(max_new_tokens=12))
+        assert said == whole["samples"][0]["text"] == offline.text
+        assert client.request(tokens, "HealthCheck", {})["healthy"]
+    finally:
+        client.channel.close()
+
+
+def test_killed_under_load_its_clients_know_at_once_and_another_takes_its_place(tmp_path):
+    server = Server(tmp_path)
+    server.wait_until("ready: nano")
+
+    async def ended() -> tuple[list[str], float]:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+            begun = 0.0
+
+            async def one(number: int) -> str:
+                call = server.stub(channel).Generate(
+                    pb.GenerateRequest(
+                        request_id=f"k{number}",
+                        tokenized=pb.TokenizedInput(input_ids=[70, 71, 72]),
+                        sampling_params=pb.SamplingParams(max_new_tokens=900, ignore_eos=True),
+                        stream=True,
+                    )
+                )
+                try:
+                    async for _ in call:
+                        first.set()
+                except grpc.aio.AioRpcError as error:
+                    return error.code().name
+                return "OK"
+
+            first = asyncio.Event()
+            calls = [asyncio.create_task(one(i)) for i in range(12)]  # some run, most wait
+            await asyncio.wait_for(first.wait(), 300)
+            begun = time.monotonic()
+            server.process.kill()
+            return await asyncio.wait_for(asyncio.gather(*calls), 30), time.monotonic() - begun
+
+    try:
+        codes, seconds = asyncio.run(ended())
+    finally:
+        server.process.kill()
+    assert codes == ["UNAVAILABLE"] * 12
+    assert seconds < 5
+    assert server.process.wait(10) == -signal.SIGKILL
+    again = Server(tmp_path, port=server.grpc_port)
+    try:
+        again.wait_until("ready: nano")
+
+        async def ask() -> str:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{again.grpc_port}") as channel:
+                asked = pb.GenerateRequest(
+                    request_id="next",
+                    tokenized=pb.TokenizedInput(input_ids=[70, 71]),
+                    sampling_params=pb.SamplingParams(max_new_tokens=3, ignore_eos=True),
+                )
+                (answer,) = [r async for r in again.stub(channel).Generate(asked)]
+                return answer.complete.finish_reason
+
+        assert asyncio.run(ask()) == "length"
+    finally:
+        again.process.kill()
+        again.process.wait()
+
+
+def test_drained_it_stays_until_it_is_told_to_end(tmp_path):
+    """An open watch does not hold it up."""
+    server = Server(tmp_path)
+    server.wait_until("ready: nano")
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+    async def scenario() -> None:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+            health: Any = HealthStub(channel)
+            watch = health.Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == serving
+            assert (await GenerationStub(channel).Drain(generation_pb2.DrainRequest(timeout_seconds=5))).clean
+            assert (await watch.read()).status == not_serving
+            info = await GenerationStub(channel).GetServerInfo(generation_pb2.GetServerInfoRequest())
+            assert info.status == generation_pb2.STATUS_STOPPED
+            assert (server.http("/live")[0], server.http("/metrics")[0]) == (503, 200)
+            await asyncio.sleep(1)
+            assert server.process.poll() is None
+            server.process.send_signal(signal.SIGTERM)
+            assert not await watch.read()  # the end
+            assert await watch.code() is grpc.StatusCode.OK  # its own, and not that of calls that were waited for
+            assert await asyncio.to_thread(server.process.wait, 20) == 0
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        server.process.kill()
+        server.process.wait()
 
 
 def test_told_to_end_it_finishes_what_it_has(tmp_path):

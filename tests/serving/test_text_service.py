@@ -369,6 +369,84 @@ class TestConstraints:
             await refused(served.stream(text=HELLO, regex="a"), grpc.StatusCode.UNIMPLEMENTED, "grammar-backend")
 
 
+TOOLS = pb.Chat(messages=ASK.messages, tools=[CLOCK, pb.Tool(name="other")], enable_thinking=False)
+
+
+def choosing(**choice):
+    chat = pb.Chat(**choice)
+    chat.MergeFrom(TOOLS)
+    return chat
+
+
+class TestToolChoice:
+    async def test_none_is_as_without_tools(self):
+        said = "<think></think><tool_call><function=clock></function></tool_call>"
+        async with serving(TextEngine(says(said))) as served:
+            responses = await served.stream(chat=choosing(tool_choice=pb.TOOL_CHOICE_NONE))
+            await served.stream(chat=pb.Chat(messages=ASK.messages, enable_thinking=False))
+            with_tools, without = (list(r.prompt_ids) for r in served.engine.seen)
+            assert with_tools == without
+            assert "<tool_call>" in joined(responses)[0]
+            assert last(responses).reason == pb.FINISH_REASON_STOP
+
+    async def test_required_is_a_constraint(self):
+        compiler = Compiler()
+        async with serving(TextEngine(), compiler=compiler) as served:
+            await served.stream(chat=choosing(tool_choice=pb.TOOL_CHOICE_REQUIRED))
+            await served.stream(chat=choosing(tool_choice=pb.TOOL_CHOICE_REQUIRED, required_tool="other"))
+            (kind, every), (_, one) = compiler.asked
+            assert kind == "lark"
+            assert ["=clock>" in g for g in (every, one)] == [True, False]
+            assert ["=other>" in g for g in (every, one)] == [True, True]
+            assert served.engine.seen[0].constraint is compiler
+            await served.stream(chat=TOOLS)
+            assert served.engine.seen[-1].constraint is None
+
+    @pytest.mark.parametrize(
+        ("request_", "words"),
+        [
+            ({"chat": pb.Chat(messages=ASK.messages, tool_choice=pb.TOOL_CHOICE_REQUIRED)}, "needs tools"),
+            ({"chat": choosing(tool_choice=pb.TOOL_CHOICE_REQUIRED, required_tool="x")}, "there are clock, other"),
+            ({"chat": choosing(required_tool="clock")}, "goes with TOOL_CHOICE_REQUIRED"),
+            ({"chat": choosing(tool_choice=pb.TOOL_CHOICE_REQUIRED), "regex": "a"}, "ask for one of them"),
+        ],
+    )
+    async def test_what_cannot_be(self, request_, words):
+        async with serving(TextEngine(), compiler=Compiler()) as served:
+            await refused(served.stream(**request_), grpc.StatusCode.INVALID_ARGUMENT, words)
+
+
+class TestStreamInterval:
+    async def test_rounds_are_put_together(self):
+        text = "Hello, 東京 and more of it."
+        answers = []
+        async with serving(TextEngine(says(text)), stream_interval=1) as served:
+            for interval in (None, 1, 7, 1000):
+                settings = {} if interval is None else {"stream_interval": interval}
+                responses = await served.stream(text=HELLO, logprobs=True, **settings)
+                sizes = [len(r.round.token_ids) for r in responses[:-1]]
+                assert all(size >= (interval or 1) for size in sizes[:-1])
+                assert len(sizes) == 1 or interval != 1000
+                assert [len(r.round.logprobs) for r in responses[:-1]] == sizes
+                rounds = [r.round for r in responses[:-1]]
+                answers.append(
+                    (
+                        joined(responses),
+                        [t for r in rounds for t in r.token_ids],
+                        sum(r.drafted for r in rounds),
+                        sum(r.accepted for r in rounds),
+                        last(responses).usage,
+                    )
+                )
+        assert answers[0][0][0] == text
+        assert all(answer == answers[0] for answer in answers)
+
+    async def test_the_servers_own(self):
+        async with serving(TextEngine(says("a" * 30)), stream_interval=10) as served:
+            assert len(await served.stream(text=HELLO)) == 4
+            assert len(await served.stream(text=HELLO, stream_interval=1)) > 10
+
+
 class TestLife:
     async def test_refusals(self):
         engine = TextEngine(says("a" * 60, 1), seconds=0.05, max_running=1, max_queued=0)

@@ -51,7 +51,8 @@ def values(span):
 
 def test_spans_of_a_request(collector):
     tracer = Tracer(collector.endpoint, "m")
-    trace = tracer.request("r1", 5, {"traceparent": PARENT, "user-agent": "x"})
+    trace = tracer.request("r1", {"traceparent": PARENT, "user-agent": "x"})
+    trace.read(5)
     trace.prefilling()
     trace.first_token()
     trace.prefilling()  # sent back, and again
@@ -80,7 +81,7 @@ def test_spans_of_a_request(collector):
 @pytest.mark.parametrize("metadata", [{}, {"traceparent": "nonsense"}])
 def test_a_request_of_nobodys_trace_begins_one(collector, metadata):
     tracer = Tracer(collector.endpoint, "m")
-    tracer.request("r1", 5, metadata).close("the server is draining")
+    tracer.request("r1", metadata).close("the server is draining")
     tracer.shutdown()
     (span,) = collector.spans
     assert span.parent_span_id == b""
@@ -90,7 +91,7 @@ def test_a_request_of_nobodys_trace_begins_one(collector, metadata):
 
 def test_a_caller_that_is_not_sampled_is_not_recorded(collector):
     tracer = Tracer(collector.endpoint, "m")
-    trace = tracer.request("r1", 5, {"traceparent": PARENT[:-2] + "00"})
+    trace = tracer.request("r1", {"traceparent": PARENT[:-2] + "00"})
     trace.first_token()
     trace.close()
     tracer.shutdown()

@@ -12,11 +12,13 @@ from typing import Any
 import grpc
 
 from mimo_jax.byte_tokenizer import write_byte_tokenizer
+from mimo_jax.request import SamplingParams
 from mimo_jax.tokenizer import StopStrings, StreamDecoder, Tokenizer
 from serve.generation import Event, Finished, GenerationRequest, Usage
 from serve.protos.mimo.serve.v1 import generation_pb2 as pb
 from serve.protos.mimo.serve.v1.generation_pb2_grpc import GenerationStub, add_GenerationServicer_to_server
 from serve.services.answering import Answering
+from serve.services.requests import Requests
 from serve.services.text_service import TextService
 from tests.serving.scripted_engine import Script, ScriptedEngine
 
@@ -84,10 +86,13 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(engine: ScriptedEngine, **answering: Any) -> AsyncIterator[Served]:
+async def serving(
+    engine: ScriptedEngine, defaults: SamplingParams | None = None, stream_interval: int = 1, **requests: Any
+) -> AsyncIterator[Served]:
     """A server on a free port."""
     server = grpc.aio.server()
-    add_GenerationServicer_to_server(TextService(Answering(engine, byte_tokenizer(), **answering)), server)
+    answering = Answering(Requests(engine, **requests), byte_tokenizer(), defaults, stream_interval=stream_interval)
+    add_GenerationServicer_to_server(TextService(answering), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     try:

@@ -129,7 +129,8 @@ class GenerationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchLoad(self, request, context):
-        """How busy the server is: now, and again after every interval until the call is cancelled or the server has stopped.
+        """How busy the server is: now, and again after every interval or when the status changes, until the call is cancelled
+        or the server has stopped.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,7 +144,9 @@ class GenerationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Refuse new requests and wait for those inside (administration). There is no way back but a restart.
+        """Refuse new requests and wait for those inside (administration). There is no way back. The process does not
+        end by itself: it answers information and metrics until a signal ends it, which then takes no time. Once it is
+        drained it is no longer alive (/live, and health under the empty name), so that an orchestrator replaces it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
