@@ -79,7 +79,6 @@ def test_the_release_card_resolves_on_every_rank(models, monkeypatch, capsys, ra
         "context_length": 65536,
         "page_size": 1,
         "overlap": False,
-        "warmup_request": False,
         "precompile": True,
         "nnodes": 2,
         "node_rank": rank,
@@ -91,6 +90,7 @@ def test_the_release_card_resolves_on_every_rank(models, monkeypatch, capsys, ra
     assert {name: resolved.get(name) for name in expected} == expected
     assert "--trust-remote-code has no effect" in err
     assert "--attention-backend has no effect" in err
+    assert "--skip-server-warmup has no effect" in err
     assert f"WARNING [rank {rank}]" in err
     assert "configurations alone were checked" in err
 
