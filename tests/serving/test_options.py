@@ -455,7 +455,7 @@ def test_the_command_starts_a_server_or_a_client(monkeypatch, capsys):
     assert cli.main(["--port", "7", "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out)["grpc_port"] == 7
     assert cli.main(["chatt"]) == 2
-    assert "unknown command 'chatt'; there are chat and bench" in capsys.readouterr().err
+    assert "unknown command 'chatt'; there are chat, bench, overhead" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         cli.main(["--help"])
     assert ended.value.code == 0
