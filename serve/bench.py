@@ -7,18 +7,17 @@ import sys
 import uuid
 from collections.abc import Sequence
 from datetime import datetime
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from mimo_jax.arguments import output_file, positive
-from mimo_jax.evaluation.prompts import SCENARIOS, load
+from mimo_jax.evaluation.prompts import SCENARIOS
 from mimo_jax.exit_status import exit_status
 from mimo_jax.progress import counting_bar, output_console, require_matplotlib
 from mimo_jax.tokenizer import Tokenizer
-from serve.bench_client import Answer, Ask, Question, Server, connected, run
+from serve.bench_client import Answer, Ask, Server, asked_by_turns, connected, run
 from serve.bench_report import Report, draw, headline, summarize, tables
 from serve.channel import above_zero, connection_arguments
 
@@ -52,7 +51,7 @@ async def _bench(arguments: argparse.Namespace) -> int:
 async def _measure(server: Server, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Answer], float]:
     described = await server.describe()
     tokenizer = Tokenizer.from_folder(arguments.tokenizer) if arguments.tokenizer else await server.tokenizer()
-    questions = _questions(tokenizer, arguments.scenario or SCENARIOS, arguments.num_prompts)
+    questions = asked_by_turns(tokenizer, arguments.scenario or SCENARIOS, arguments.num_prompts)
     ask = Ask(arguments.max_new_tokens, arguments.temperature, arguments.ignore_eos, arguments.seed)
     name = f"bench-{uuid.uuid4().hex[:12]}"
     warm = questions[: arguments.warmup]
@@ -74,13 +73,6 @@ async def _measure(server: Server, arguments: argparse.Namespace) -> tuple[dict[
             progress=advance,
         )
     return described, answers, seconds
-
-
-def _questions(tokenizer: Tokenizer, scenarios: Sequence[str], count: int) -> list[Question]:
-    """The frozen prompts of the scenarios by turns, and again from the beginning where they are too few."""
-    asked = {name: [Question(name, tokenizer.encode_chat(p.messages)) for p in load(name)] for name in scenarios}
-    by_turns = [question for some in zip(*asked.values(), strict=True) for question in some]
-    return list(islice(cycle(by_turns), count))
 
 
 def _show(report: Report, described: dict[str, Any], arguments: argparse.Namespace) -> None:

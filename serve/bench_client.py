@@ -8,7 +8,8 @@ import time
 import zipfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import sglang_scheduler_pb2 as pb
 from smg_grpc_proto.generated.sglang_scheduler_pb2_grpc import SglangSchedulerStub
 
+from mimo_jax.evaluation.prompts import load
 from mimo_jax.stats import DecodeStats
 from mimo_jax.tokenizer import Tokenizer
 from serve.channel import key_metadata, open_channel
@@ -29,6 +31,13 @@ class Question:
 
     scenario: str
     ids: Sequence[int]
+
+
+def asked_by_turns(tokenizer: Tokenizer, scenarios: Sequence[str], count: int) -> list[Question]:
+    """The frozen prompts of the scenarios by turns, and again from the beginning where they are too few."""
+    asked = {name: [Question(name, tokenizer.encode_chat(p.messages)) for p in load(name)] for name in scenarios}
+    by_turns = [question for some in zip(*asked.values(), strict=True) for question in some]
+    return list(islice(cycle(by_turns), count))
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class Answer:
     reason: str = ""
     error: str = ""
     """Status and message, if it failed."""
+    token_ids: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -158,6 +168,7 @@ class Server:
             async for response in self._stub.Generate(request, metadata=self._metadata):
                 if response.HasField("chunk"):
                     answer.arrivals.append((time.perf_counter(), len(response.chunk.token_ids)))
+                    answer.token_ids += response.chunk.token_ids
                 else:
                     _complete(answer, response.complete)
         except grpc.aio.AioRpcError as error:
@@ -226,7 +237,7 @@ async def run(
         async with gate:
             # at a rate a request is late from the moment it should have gone out; without one it never is
             begun = at if rate else time.perf_counter()
-            mine = Ask(ask.max_new_tokens, ask.temperature, ask.ignore_eos, ask.seed + i)
+            mine = replace(ask, seed=ask.seed + i)
             answer = await server.ask(questions[i], mine, f"{name}-{i}", begun)
         progress(1)
         return answer

@@ -248,7 +248,6 @@ TEXT = (
 
 LIFE = (
     switch("--dry-run", help="print the resolved configuration as JSON and end; reads no weights"),
-    switch("--skip-server-warmup", help="do not answer a request to oneself before reporting ready"),
     switch("--disable-precompile", help="report ready before programs are compiled; first requests wait for them"),
     honoured(
         "--watchdog-timeout",
@@ -318,6 +317,7 @@ ANSWERED: tuple[Flag, ...] = (
     ignored("--enable-deterministic-inference", why="samples always depend on seed and position alone"),
     ignored("--speculative-use-rejection-sampling", why="verification is exact already"),
     ignored("--skip-tokenizer-init", why="requests may always bring token ids"),
+    ignored("--skip-server-warmup", why="the server answers no request of its own to warm up"),
     ignored("--max-prefill-tokens", "--prefill-max-requests", why="--chunked-prefill-size bounds a step's prompts"),
     ignored("--schedule-conservativeness", why="requests that run out of pages are put back and lose no work"),
     ignored("--swa-full-tokens-ratio", why="sliding windows live in rings of their own; --swa-prefix-tails sets more"),

@@ -87,8 +87,6 @@ class ServerOptions:
     """Seconds for all of them to come."""
 
     # life
-    warmup_request: bool
-    """Whether the server answers a request of its own before it reports ready."""
     precompile: bool
     """Whether programs are compiled before the server reports ready."""
     watchdog_timeout: float

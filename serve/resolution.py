@@ -115,7 +115,6 @@ def resolve(
         ssl_ca_certs=authorities,
         group=group,
         dist_timeout=arguments.dist_timeout,
-        warmup_request=not arguments.skip_server_warmup,
         precompile=not arguments.disable_precompile,
         watchdog_timeout=arguments.watchdog_timeout,
         max_request_seconds=arguments.max_request_seconds,

@@ -2,15 +2,11 @@
 
 import argparse
 import json
-import os
-import platform
 import sys
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.table import Table
 
 from mimo_jax.arguments import load_generator, load_options, output_file
@@ -19,6 +15,7 @@ from mimo_jax.evaluation import pictures, tables
 from mimo_jax.evaluation.acceptance import measure
 from mimo_jax.evaluation.bench import as_json, bench_context, bench_decode
 from mimo_jax.evaluation.loading import bench_load
+from mimo_jax.evaluation.machine import this_machine
 from mimo_jax.evaluation.prompts import load
 from mimo_jax.evaluation.quality import compare_exact, compare_perplexity, exact_answers, losses
 from mimo_jax.evaluation.scenarios import SCENARIOS, held_out_texts, prompts
@@ -140,7 +137,7 @@ def _checked(results: Path | None, picture: Path | None = None) -> None:
 
 def _report(shown: Sequence[Table], results: dict[str, Any], more: str, out: Path | None) -> None:
     """Print tables under a line that says what they were measured on, and write the results as JSON."""
-    machine = _machine()
+    machine = this_machine()
     console = output_console()
     console.print(", ".join([machine["device"], f"jax {machine['jax']}", machine["date"], more]))
     for table in shown:
@@ -148,19 +145,3 @@ def _report(shown: Sequence[Table], results: dict[str, Any], more: str, out: Pat
     if out is not None:
         whole = {"machine": machine, "command": ["mimo-jax", *sys.argv[1:]], **results}
         out.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-
-
-def _machine() -> dict[str, Any]:
-    device = jax.devices()[0]
-    name = device.device_kind
-    if device.platform == "cpu":
-        name = f"{_processor()}, {os.cpu_count()} cores"
-    return {"device": name, "platform": platform.platform(), "jax": jax.__version__, "date": str(date.today())}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -13,7 +13,8 @@ from mimo_jax.evaluation.speed import Speedup
 from mimo_jax.model import Model
 
 
-def _spread(spread: Spread | None, digits: int = 1) -> str:
+def spread(spread: Spread | None, digits: int = 1) -> str:
+    """Median, and extremes in brackets."""
     return "-" if spread is None else f"{spread.median:.{digits}f} ({spread.low:.{digits}f}-{spread.high:.{digits}f})"
 
 
@@ -26,11 +27,11 @@ def decode(results: Sequence[DecodeResult]) -> Table:
     for r in results:
         table.add_row(
             str(r.verify_length),
-            _spread(r.prefill_tokens_per_second),
-            _spread(r.decode_tokens_per_second),
+            spread(r.prefill_tokens_per_second),
+            spread(r.decode_tokens_per_second),
             f"{r.accepted_length:.2f}",
             f"{r.compile_seconds:.1f}",
-            _spread(r.dispatch_microseconds, 0),
+            spread(r.dispatch_microseconds, 0),
         )
     return table
 
@@ -43,7 +44,7 @@ def context(results: Sequence[ContextResult], model: Model) -> Table:
         table.add_column(name, justify="right")
     for r in results:
         cells = (r.draft_milliseconds, r.verify_milliseconds, r.plain_milliseconds)
-        table.add_row(f"{r.context:,}", *(_spread(c, 2) for c in cells))
+        table.add_row(f"{r.context:,}", *(spread(c, 2) for c in cells))
     return table
 
 
@@ -72,7 +73,7 @@ def loading(results: Sequence[LoadResult]) -> Table:
         table.add_column(name, justify="right")
     for r in results:
         sizes = ("-" if size is None else f"{size / 1e6:,.0f}" for size in (r.owned_bytes, r.host_bytes))
-        table.add_row(r.what, f"{r.nbytes / 1e6:,.0f}", _spread(r.seconds, 2), f"{r.gigabytes_per_second:.2f}", *sizes)
+        table.add_row(r.what, f"{r.nbytes / 1e6:,.0f}", spread(r.seconds, 2), f"{r.gigabytes_per_second:.2f}", *sizes)
     return table
 
 
@@ -83,7 +84,7 @@ def speed(results: Sequence[Speedup]) -> Table:
     for name in ("plain tok/s", "speculative tok/s", "factor", "accepted length", "time drafting"):
         table.add_column(name, justify="right")
     for r in results:
-        speeds = _spread(r.plain_tokens_per_second), _spread(r.speculative_tokens_per_second), _spread(r.factor, 2)
+        speeds = spread(r.plain_tokens_per_second), spread(r.speculative_tokens_per_second), spread(r.factor, 2)
         table.add_row(r.scenario, *speeds, f"{r.accepted_length:.2f}", f"{r.drafting_share:.0%}")
     return table
 

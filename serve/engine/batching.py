@@ -153,7 +153,7 @@ class BatchingEngine:
         """Queue a request (see `serve.generation.Engine`)."""
         self._check(request)
         stream = EventStream(request.n, lambda: self._abandon(live))
-        live = self._live[request.request_id] = _Live(stream)
+        live = _Live(stream)
         now, leader = time.monotonic(), None
         for index in range(request.n):
             self._arrivals += 1
@@ -165,6 +165,7 @@ class BatchingEngine:
             if sampling.stop and self._tokenizer is not None:
                 sequence.watcher = StopWatcher(self._tokenizer, sampling.stop)
             live.sequences.append(sequence)
+        self._live[request.request_id] = live  # whole: the engine's thread looks at it from now on
         self._metrics.queued()
         self._send(lambda: self._enqueue(live))
         return stream
@@ -276,7 +277,7 @@ class BatchingEngine:
         except BaseException as error:
             logger.exception("the engine failed")
             self._status = Status.FAILED
-            for live in self._live.values():
+            for live in list(self._live.values()):
                 self._outbox[live.stream].append(EngineFailed(f"the engine failed: {type(error).__name__}"))
             self._live.clear()
             self._deliver()

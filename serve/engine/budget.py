@@ -13,7 +13,7 @@ from serve.options import ServerOptions
 from sharding.distributed import least
 
 SMALL_CHUNK = 64
-"""Prompt tokens of the smaller prefill programs, which take several rows at a time."""
+"""Prompt tokens of the smallest prefill programs, one of which takes several rows at a time."""
 SNAPSHOTS_A_SLOT = 8
 """Snapshots at most, where nothing is said."""
 SNAPSHOT_SHARE = 0.25
@@ -57,9 +57,6 @@ def plan_sizes(model: Model, options: ServerOptions) -> Sizes:
             f"one request of {context:,} tokens needs {columns * page:,}; lower --context-length or "
             "--max-running-requests, or raise --mem-fraction-static"
         )
-    small = min(SMALL_CHUNK, options.chunked_prefill_size)
-    rows = min(slots, max(1, options.chunked_prefill_size // small), 4)
-    prefills = sorted({(1, small), (rows, small), (1, options.chunked_prefill_size)}, key=lambda p: (p[1], p[0]))
     return Sizes(
         groups=groups,
         slots=slots,
@@ -69,8 +66,25 @@ def plan_sizes(model: Model, options: ServerOptions) -> Sizes:
         slack=options.block_size,
         verify_length=options.verify_length,
         rounds=options.rounds_per_dispatch,
-        prefills=tuple(prefills),
+        prefills=prefill_sizes(options.chunked_prefill_size, slots),
     )
+
+
+def prefill_sizes(chunk: int, slots: int) -> tuple[tuple[int, int], ...]:
+    """(rows, tokens) that prefill programs are compiled for: few, none over four times as long as the next.
+
+    The smallest takes one prompt or several.
+
+    Args:
+        chunk: Prompt tokens that a step takes at most; a power of two.
+        slots: Rows there are.
+    """
+    small = min(SMALL_CHUNK, chunk)
+    sizes = {(1, small), (min(slots, max(1, chunk // small), 4), small)}
+    while chunk > small:
+        sizes.add((1, chunk))
+        chunk //= 4
+    return tuple(sorted(sizes, key=lambda size: size[::-1]))
 
 
 def _device_bytes(model: Model, slots: int, capacity: int, **sizes: int) -> int:

@@ -6,6 +6,7 @@ the order in which they were planned, so a page or a slot that is given on was r
 """
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from serve.engine.pages import PagePool
@@ -194,7 +195,7 @@ class Scheduler:
                 continue
             rounds = 1 if constrained else self.sizes.rounds
             most = sequence.committed + (sequence.rounds_in_flight + rounds) * self.sizes.verify_length
-            later = [s for s in self.running if s.arrival >= sequence.arrival]
+            later = (s for s in reversed(self.running) if s.arrival >= sequence.arrival)
             row = self._grown(sequence, min(most, sequence.longest), later)
             if row is None:
                 continue
@@ -202,21 +203,21 @@ class Scheduler:
             sequence.rounds_in_flight += rounds
             (step.constrained if constrained else step.decode).append(row)
 
-    def _grown(self, sequence: Sequence, positions: int, victims: list[Sequence]) -> Row | None:
-        """Pages for a sequence's first positions; if there are too few, victims of its group lose theirs, last first.
+    def _grown(self, sequence: Sequence, positions: int, victims: Iterator[Sequence]) -> Row | None:
+        """Pages for a sequence's first positions; if there are too few, victims of its group lose theirs one by one.
 
-        None if there are not enough even so, or if it was the last itself.
+        None if there are not enough even so, or if it was a victim itself. Pages are seldom short and rows are many, so
+        nobody looks for victims before.
         """
         pool, cache = self._pools[sequence.group], self._caches[sequence.group]
         first = len(sequence.pages)
         short = max(-(-positions // self.sizes.page_size) - first, 0)
-        victims = [s for s in victims if s.group == sequence.group]
         while (pages := pool.allocate(short)) is None:
             if cache.evict(short):
                 continue
-            if not victims:
+            victim = next((s for s in victims if s.group == sequence.group), None)
+            if victim is None:
                 return None
-            victim = victims.pop()
             self._retract(victim)
             if victim is sequence:
                 return None
@@ -297,8 +298,8 @@ class Scheduler:
         ready = [s for s in self.running if s.stage is Stage.PREFILL]
         if not ready:
             return
-        longest = ready[0].target - ready[0].planned
-        tokens = next((t for _, t in self.sizes.prefills if t >= longest), self.sizes.prefills[-1][1])
+        # of the programs that get furthest with the prompts the smallest
+        tokens = max(sorted({t for _, t in self.sizes.prefills}), key=lambda tokens: self._progress(ready, tokens))
         rows = [r for r, t in self.sizes.prefills if t == tokens]
         for sequence in ready:
             mine = sum(row.group == sequence.group for row in step.prefill)
@@ -306,7 +307,7 @@ class Scheduler:
                 continue
             count = min(tokens, sequence.target - sequence.planned)
             # those that decode have their part in this step already
-            later = [s for s in ready if s.stage is Stage.PREFILL and s.arrival > sequence.arrival]
+            later = (s for s in reversed(ready) if s.stage is Stage.PREFILL and s.arrival > sequence.arrival)
             row = self._grown(sequence, sequence.planned + count, later)
             if row is not None:
                 last = sequence.planned + count == sequence.target
@@ -321,6 +322,12 @@ class Scheduler:
             if row.last:
                 sequence.stage, sequence.prefilled = Stage.RUNNING, True
                 sequence.in_flight += 1
+
+    def _progress(self, ready: list[Sequence], tokens: int) -> int:
+        """Prompt tokens that a step with chunks of this size would compute."""
+        rows = max(r for r, t in self.sizes.prefills if t == tokens)
+        taken = [s for g in range(self.sizes.groups) for s in [s for s in ready if s.group == g][:rows]]
+        return sum(min(tokens, s.target - s.planned) for s in taken)
 
     def _keep(self, sequence: Sequence, length: int, saves: list[Save]) -> None:
         snapshot = self._caches[sequence.group].insert(sequence.tokens[:length], sequence.pages)

@@ -1,6 +1,7 @@
 """The engine over real programs: a request's tokens are those it gets alone, whatever else happens."""
 
 import asyncio
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,9 @@ from mimo_jax.evaluation.score import log_probabilities
 from mimo_jax.model import Model
 from mimo_jax.request import SamplingParams
 from serve.generation import DuplicateRequest, GenerationRequest, InvalidRequest, NotServing, QueueFull
+from serve.scripted_device import ScriptedDevice
 from tests.models import byte_generator, tiny_model
-from tests.serving.engines import answers, collect, end_of, executor, offline, serving, tokens_of
+from tests.serving.engines import CAPACITY, answers, collect, end_of, executor, offline, serving, sizes, tokens_of
 
 VOCABULARY = 300
 
@@ -191,3 +193,29 @@ async def test_log_probabilities_are_the_backbones(model, device, rng):
         best = np.argsort(-expected[row], kind="stable")[:4]
         assert [i for i, _ in k.top] == best.tolist()
         assert [v for _, v in k.top] == pytest.approx(expected[row, best].tolist(), abs=1e-4)
+
+
+class SlowToCopy:
+    """A constraint whose copy is a while in the making; nothing is decoded under it."""
+
+    def copy(self) -> "SlowToCopy":
+        time.sleep(0.05)
+        return self
+
+    def fill_masks(self, drafts, masks):
+        raise AssertionError
+
+    def advance(self, tokens):
+        raise AssertionError
+
+
+async def test_the_engine_runs_on_while_a_request_is_put_together(model):
+    device = ScriptedDevice(sizes(slots=1), vocab_size=300, capacity=CAPACITY, seconds=0.001, tokens=1)
+    async with serving(device, model) as engine:
+        running = asyncio.create_task(collect(engine.submit(GenerationRequest("a", [1], SamplingParams(200)))))
+        await asyncio.sleep(0)
+        waiting = engine.submit(GenerationRequest("b", [2], SamplingParams(5), n=3, constraint=SlowToCopy()))
+        assert len(tokens_of(await running)) == 200
+        assert engine.abort("b")
+        ends = await collect(waiting)
+        assert [end_of(ends, index).reason for index in range(3)] == ["abort"] * 3

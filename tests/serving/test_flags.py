@@ -149,7 +149,7 @@ def test_the_release_card_parses(rank):
     assert (arguments.node_rank, arguments.nnodes, arguments.dist_init_addr) == (rank, 2, "10.0.0.1:20000")
     assert arguments.tensor_parallel_size == arguments.expert_parallel_size == 16
     assert arguments.speculative_algorithm == "DFLASH"
-    assert len(arguments.notes) == 2  # one on remote code, one on attention backends
+    assert len(arguments.notes) == 3  # on remote code, attention backends and the warm-up
 
 
 @pytest.mark.parametrize("name", SECOND_WAVE)

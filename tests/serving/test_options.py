@@ -79,7 +79,6 @@ def test_the_release_card_resolves_on_every_rank(models, monkeypatch, capsys, ra
         "context_length": 65536,
         "page_size": 1,
         "overlap": False,
-        "warmup_request": False,
         "precompile": True,
         "nnodes": 2,
         "node_rank": rank,
@@ -91,6 +90,7 @@ def test_the_release_card_resolves_on_every_rank(models, monkeypatch, capsys, ra
     assert {name: resolved.get(name) for name in expected} == expected
     assert "--trust-remote-code has no effect" in err
     assert "--attention-backend has no effect" in err
+    assert "--skip-server-warmup has no effect" in err
     assert f"WARNING [rank {rank}]" in err
     assert "configurations alone were checked" in err
 
@@ -455,7 +455,7 @@ def test_the_command_starts_a_server_or_a_client(monkeypatch, capsys):
     assert cli.main(["--port", "7", "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out)["grpc_port"] == 7
     assert cli.main(["chatt"]) == 2
-    assert "unknown command 'chatt'; there are chat and bench" in capsys.readouterr().err
+    assert "unknown command 'chatt'; there are chat, bench, overhead" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         cli.main(["--help"])
     assert ended.value.code == 0
