@@ -17,12 +17,15 @@ from mimo_jax.arguments import load_generator, load_options, output_file
 from mimo_jax.evaluation import pictures, tables
 from mimo_jax.evaluation.acceptance import measure
 from mimo_jax.evaluation.bench import as_json, bench_context, bench_decode
+from mimo_jax.evaluation.compiling import bench_compile
 from mimo_jax.evaluation.loading import bench_load
 from mimo_jax.evaluation.prompts import load
 from mimo_jax.evaluation.quality import compare_exact, compare_perplexity, exact_answers, losses
 from mimo_jax.evaluation.scenarios import SCENARIOS, held_out_texts, prompts
 from mimo_jax.evaluation.speed import compare_speed
 from mimo_jax.generate import Generator
+from mimo_jax.plan import default_topology
+from mimo_jax.plan_report import topology_words
 from mimo_jax.progress import counting_bar, loading_bar, output_console, require_matplotlib
 from mimo_jax.request import SamplingParams
 
@@ -62,6 +65,14 @@ def bench_load_command(arguments: argparse.Namespace) -> None:
     with loading_bar() as progress:
         found = bench_load(arguments.model, load_options(arguments), runs=arguments.runs, progress=progress)
     _report([tables.loading(found)], {"load": [r.as_json() for r in found]}, "page cache warm", arguments.json)
+
+
+def bench_compile_command(arguments: argparse.Namespace) -> None:
+    """`mimo-jax bench compile`."""
+    _checked(arguments.json)
+    found = bench_compile(arguments.preset, arguments.devices, runs=arguments.runs)
+    named = f"{arguments.preset} on {arguments.devices} devices: {topology_words(default_topology(arguments.devices))}"
+    _report([tables.compiling(found)], {"compile": [r.as_json() for r in found]}, named, arguments.json)
 
 
 def eval_acceptance(arguments: argparse.Namespace) -> None:
