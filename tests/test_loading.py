@@ -73,6 +73,23 @@ def test_any_pieces_give_the_same_parameters(tiny, monkeypatch, storage):
     assert [x.sharding for x in jax.tree.leaves(pieces)] == [x.sharding for x in jax.tree.leaves(whole)]
 
 
+def test_progress_ends_where_it_said(tiny):
+    """Also where devices have copies of KV heads, whose rows are read for each."""
+
+    def read(topology):
+        told = {}
+        load_model(tiny, LoadOptions(topology=topology), lambda name, *counts: told.setdefault(name, []).append(counts))
+        for counts in told.values():
+            done, totals = zip(*counts, strict=True)
+            assert list(done) == sorted(done)
+            assert {done[-1]} == set(totals)
+        return {name: counts[-1][0] for name, counts in told.items()}
+
+    once, copied = read(Topology()), read(Topology(4, expert_parallel=4, dense_tensor_parallel=1))
+    assert set(once) == {"backbone", "drafter"}
+    assert all(copied[name] > once[name] for name in once)
+
+
 def test_bench_load(tiny, capsys, tmp_path):
     command = ["bench", "load", "--model", tiny, "--snapshot", tmp_path / "snapshot", "--runs", 2]
     assert main([str(c) for c in (*command, "--json", tmp_path / "load.json")]) == 0
