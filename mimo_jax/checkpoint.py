@@ -60,7 +60,7 @@ class _Checkpoint:
 
     @cached_property
     def total_bytes(self) -> int:
-        """What loading all of it on one device reports to `progress`."""
+        """Of the weights as they are stored; FP8 scales, a few parts in ten thousand, are not counted."""
         return sum(leaf.nbytes for leaf in self._leaves)
 
     def load(
@@ -79,7 +79,7 @@ class _Checkpoint:
             storage: Whether quantised weights stay as they are stored, or are expanded while they are read.
             sharding: From logical axes and shape to where an array lives; default: the first local device. For packed
                 weights it is asked about codes, values and scales apart, with the axes of the weight.
-            progress: Told of bytes as they are read; on one device they add up to `total_bytes`.
+            progress: Told of bytes as they are read; they add up to `read_bytes`.
             readers: Threads that read and decode; default: the number of CPUs, at most 8.
 
         Raises:
@@ -95,6 +95,12 @@ class _Checkpoint:
             CheckpointError: The formats cannot be kept packed.
         """
         return self._place(declared, storage, Outliner(sharding))
+
+    def read_bytes(self, declared: Declared[Any], storage: Storage, sharding: Sharding | None = None) -> int:
+        """What `load` reports to `progress`: bytes that this process reads, twice where its devices have copies."""
+        outliner = Outliner(sharding)
+        self._place(declared, storage, outliner)
+        return outliner.nbytes
 
     def _place(self, declared: Declared[Any], storage: Storage, placer: Placer) -> Params:
         shapes, axes = _flatten(declared.shapes), _flatten(declared.axes)

@@ -6,7 +6,9 @@ experts. More messages, of fewer bytes: for prefill.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +22,11 @@ a device has, counted from 0; an id equal to their number is of an expert elsewh
 
 _MESSAGE_BYTES = 4e6
 """What a device sends in the time that starting one more collective takes: 10 us at 400 GB/s, an estimate."""
-_MORE_MESSAGES = 5
-"""Collectives that an exchange has beyond a sum's."""
+MORE_MESSAGES = 5
+"""Collectives that an exchange has beyond a sum's, in a layer."""
+_ROUTE_BYTES = 4  # an expert's id, or its weight
+
+Way = Literal["sum", "exchange"]
 
 
 def on_all_devices(
@@ -41,13 +46,39 @@ def on_all_devices(
         [rows, hidden] float32.
     """
     (rows, hidden), top_k = x.shape, ids.shape[1]
-    sum_bytes, exchange_bytes = sent_bytes(topology, rows, hidden, top_k, x.dtype.itemsize)
-    way = by_sum if sum_bytes <= exchange_bytes + _MORE_MESSAGES * _MESSAGE_BYTES else by_exchange
+    way = {"sum": by_sum, "exchange": by_exchange}[chosen_way(topology, rows, hidden, top_k, x.dtype.itemsize)]
     return way(x, ids, weights, experts, topology, mlp)
 
 
-def sent_bytes(topology: Topology, rows: int, hidden: int, top_k: int, itemsize: int) -> tuple[float, float]:
-    """Bytes that a device sends for one layer by sum and by exchange, rows routed evenly.
+@dataclass(frozen=True)
+class Message:
+    """Alike collectives of a layer, rows routed evenly."""
+
+    what: str
+    kind: Literal["all-gather", "all-to-all", "all-reduce", "reduce-scatter"]
+    over: Cut
+    count: int
+    payload: float
+    """Bytes of the whole array; of what one device has for all, itself included, where rows are exchanged."""
+
+    @property
+    def sent(self) -> float:
+        """Bytes by one device for all of them: the least without reduction inside the network."""
+        times = 2 if self.kind == "all-reduce" else 1
+        return self.count * times * (self.over.width - 1) / self.over.width * self.payload
+
+
+def chosen_way(topology: Topology, rows: int, hidden: int, top_k: int, itemsize: int) -> Way:
+    """How `on_all_devices` goes; arguments as those of `messages`."""
+    found = messages(topology, rows, hidden, top_k, itemsize)
+    if "exchange" not in found:
+        return "sum"
+    sent = {way: sum(m.sent for m in all_of_it) for way, all_of_it in found.items()}
+    return "sum" if sent["sum"] <= sent["exchange"] + MORE_MESSAGES * _MESSAGE_BYTES else "exchange"
+
+
+def messages(topology: Topology, rows: int, hidden: int, top_k: int, itemsize: int) -> dict[Way, list[Message]]:
+    """What a layer sends by sum and, where experts lie on several devices, by exchange (but for its few counts).
 
     Args:
         topology: Where experts lie.
@@ -57,18 +88,45 @@ def sent_bytes(topology: Topology, rows: int, hidden: int, top_k: int, itemsize:
         itemsize: Bytes of an element of a row on its way to the experts; on the way back it is a float32.
     """
     owners, slices, copies = _cuts(topology)
-    groups = topology.data_parallel if GROUPS in topology.cut("expert", "expert_inner").axes else 1
-    within = topology.cut("expert", "expert_inner").width // groups
-    row, sum_row = hidden * itemsize, hidden * 4
-    by_sum = rows * ((groups - 1) * (row + sum_row) + 2 * (within - 1) / within * sum_row)
-    if owners.width == 1:
-        return by_sum, float("inf")
-    spread = topology.data_parallel if GROUPS in slices.axes else 1
-    mine = rows * spread / copies.width
-    reached = owners.width * (1 - (1 - 1 / owners.width) ** top_k) * (1 - 1 / owners.width)
-    exchanged = mine * reached * (row + sum_row) + rows * spread * (1 - 1 / copies.width) * sum_row
-    others = slices.width // spread
-    return by_sum, exchanged + rows * ((spread - 1) * (row + sum_row) + 2 * (others - 1) / others * sum_row)
+    row, route, sums = hidden * itemsize, top_k * _ROUTE_BYTES, hidden * 4
+
+    def gathered(over: Cut) -> list[Message]:
+        return [
+            Message("rows", "all-gather", over, 1, over.width * rows * row),
+            Message("ids and weights", "all-gather", over, 2, over.width * rows * route),
+        ]
+
+    def summed(holders: Cut) -> list[Message]:
+        groups, within = _apart(holders)
+        return [
+            Message("sums", "reduce-scatter", groups, 1, groups.width * rows * sums),
+            Message("sums", "all-reduce", within, 1, rows * sums),
+        ]
+
+    holders = topology.cut("expert", "expert_inner")
+    found: dict[Way, list[Message]] = {"sum": [*gathered(_apart(holders)[0]), *summed(holders)]}
+    if owners.width > 1:
+        together, _ = _apart(slices)
+        shared = together.width * rows
+        # a row goes once to every device that has some of its experts
+        sent = shared / copies.width * owners.width * (1 - (1 - 1 / owners.width) ** top_k)
+        found["exchange"] = [
+            *gathered(together),
+            Message("rows", "all-to-all", owners, 1, sent * row),
+            Message("ids and weights", "all-to-all", owners, 2, sent * route),
+            Message("sums", "all-to-all", owners, 1, sent * sums),
+            Message("sums", "all-gather", copies, 1, shared * sums),
+            *summed(slices),
+        ]
+    return {way: [m for m in all_of_it if m.over.width > 1] for way, all_of_it in found.items()}
+
+
+def _apart(cut: Cut) -> tuple[Cut, Cut]:
+    """The groups among some axes, and the others."""
+    pairs = list(zip(cut.axes, cut.sizes, strict=True))
+    parts = ([p for p in pairs if p[0] == GROUPS], [p for p in pairs if p[0] != GROUPS])
+    groups, others = (Cut(tuple(a for a, _ in part), tuple(s for _, s in part)) for part in parts)
+    return groups, others
 
 
 def by_sum(
@@ -114,8 +172,7 @@ def by_exchange(
 def _cuts(topology: Topology) -> tuple[Cut, Cut, Cut]:
     """Devices with different experts, with other slices of the same, and with different experts but equal rows."""
     owners = topology.cut("expert")
-    same = [(axis, size) for axis, size in zip(owners.axes, owners.sizes, strict=True) if axis != GROUPS]
-    return owners, topology.cut("expert_inner"), Cut(tuple(a for a, _ in same), tuple(s for _, s in same))
+    return owners, topology.cut("expert_inner"), _apart(owners)[1]
 
 
 def _share(rows: jax.Array, copies: Cut) -> jax.Array:

@@ -4,9 +4,8 @@ Three roofs: HBM bytes of the device that reads most, bfloat16 FLOPs of the devi
 device sends. Each is a bound by itself; the floor is the highest, as if the others hid behind it entirely. Launches,
 latencies, sampling and everything that is less than perfect come on top.
 
-Rows meet their experts by a sum over all devices or, where no expert is sliced, by an exchange among them. What is
-listed is an exchange only where that saves the time of starting its further collectives; the floor is that of the way
-that sends for less time.
+Rows meet their experts by a sum over all devices that hold any or, where these hold different ones, by an exchange.
+Listed is the way that the program goes (`expert_dispatch`); the floor is that of the way that sends for less time.
 
 Experts are chosen as if evenly and independently; rows that share experts read less than this floor. Every layer waits
 for its slowest device, so where devices hold whole experts, the expectation is that of the one with most to do.
@@ -21,14 +20,13 @@ import numpy as np
 
 from mimo_jax.config import AttentionConfig
 from mimo_jax.devices import Device
+from mimo_jax.expert_dispatch import Message, chosen_way, messages
 from mimo_jax.plan import ACTIVATION_BYTES, SUM_BYTES, Plan, Weight
 from sharding.topology import Topology
 
 LATENCY = 10e-6
 """Seconds to start a collective, an estimate; no floor has it."""
-_MORE_COLLECTIVES = 5  # of an exchange, in a layer, than of a sum
 _PICK_BYTES = 8  # a largest logit and its index
-_ROUTE_BYTES = 4  # an expert's id, or its weight
 
 
 def expected_distinct(experts: int, top_k: int, tokens: int) -> float:
@@ -65,7 +63,7 @@ class Collective:
     count: int
     """In a round."""
     payload_bytes: int
-    """Of the whole array that is reduced or gathered; of one device's, or all devices' parts, that are exchanged."""
+    """Of the whole array that is reduced or gathered; of one device's parts that are exchanged, its own included."""
     sent_bytes: float
     """By one device, each time: the least without reduction inside the network."""
     seconds: float
@@ -122,11 +120,10 @@ def floor(plan: Plan) -> Floor:
     held = moe.experts // parts
     slowest = expected_largest(parts, held, _chance(moe.experts, moe.top_k, tokens))
     layers = sum(layer.mlp == "moe" for layer in plan.model.config.layers)
-    by_sum, by_exchange = _experts_by_sum(plan, layers), _experts_by_exchange(plan, layers)
-    saved = _seconds(by_sum) - _seconds(by_exchange) if by_exchange else 0.0
-    way = by_exchange if saved > layers * _MORE_COLLECTIVES * LATENCY else by_sum
-    collectives = tuple(_collectives(plan, way))
-    least = _seconds(collectives) - (max(saved, 0.0) if way is by_sum else 0.0)
+    ways = {way: _experts(plan, sent, layers) for way, sent in messages(*_expert_rows(plan)).items()}
+    way = chosen_way(*_expert_rows(plan))
+    collectives = tuple(_collectives(plan, ways[way]))
+    least = _seconds(collectives) - _seconds(ways[way]) + min(map(_seconds, ways.values()))
     return Floor(
         expected_distinct(moe.experts, moe.top_k, tokens),
         slowest,
@@ -257,37 +254,21 @@ def _seconds(collectives: Sequence[Collective]) -> float:
     return sum(c.seconds for c in collectives)
 
 
-def _experts_by_sum(plan: Plan, layers: int) -> list[Collective]:
-    """Every device sees all rows, runs the experts or slices it has, and all add up."""
-    moe, hidden = plan.model.config.moe, plan.model.config.hidden_size
-    everyone = plan.topology.data_parallel * plan.rows
+def _expert_rows(plan: Plan) -> tuple[Topology, int, int, int, int]:
+    """What `messages` of a layer's experts are asked about."""
+    config = plan.model.config
+    return plan.topology, plan.rows, config.hidden_size, config.moe.top_k, ACTIVATION_BYTES
+
+
+def _experts(plan: Plan, sent: Sequence[Message], layers: int) -> list[Collective]:
+    """The messages of so many layers, as collectives."""
     return [
-        *_over(plan, "experts: rows", "all-gather", "data", layers, everyone * hidden * ACTIVATION_BYTES),
-        *_over(plan, "experts: ids and weights", "all-gather", "data", 2 * layers, everyone * moe.top_k * _ROUTE_BYTES),
-        *_summed(plan, "experts: sums", layers, plan.rows * hidden * SUM_BYTES, True),
+        collective
+        for m in sent
+        for collective in _over(
+            plan, f"experts: {m.what}", m.kind, " ".join(m.over.axes), layers * m.count, round(m.payload)
+        )
     ]
-
-
-def _experts_by_exchange(plan: Plan, layers: int) -> list[Collective]:
-    """A device sends its share of its group's rows to those alone that have their experts, which send sums back.
-
-    Only where no expert is sliced. Counted as two exchanges a layer; sizes and routes are small and go with them.
-    """
-    topology, hidden, device = plan.topology, plan.model.config.hidden_size, plan.device
-    devices, tensor = topology.tensor_parallel, topology.attention_tensor
-    if topology.width("expert") < devices or devices == 1:
-        return []
-    others = (devices - 1) * (1 - (1 - 1 / devices) ** plan.model.config.moe.top_k)  # that a row is sent to
-    near = (min(devices, device.linked_devices) - 1) / (devices - 1)
-    network = device.network_bytes_per_s or device.link_bytes_per_s
-    found = []
-    for what, size in (("experts: rows", ACTIVATION_BYTES), ("experts: sums", SUM_BYTES)):
-        sent = plan.rows / tensor * others * hidden * size
-        seconds = layers * sent * (near / device.link_bytes_per_s + (1 - near) / network)
-        over, payload = "all", round(devices * sent)
-        found.append(Collective(what, "all-to-all", over, devices, layers, payload, sent, seconds))
-    shares = _over(plan, "experts: sums", "all-gather", "tensor", layers, plan.rows * hidden * SUM_BYTES)
-    return [*found, *shares]
 
 
 def _summed(plan: Plan, what: str, count: int, group_bytes: int, over_data: bool = False) -> Iterator[Collective]:
@@ -309,17 +290,20 @@ def _picked(plan: Plan, what: str, rows: int, row_bytes: int) -> Iterator[Collec
     yield from _over(plan, what, "all-gather", "tensor", 1, tensor * rows * _PICK_BYTES)
 
 
-def _over(plan: Plan, what: str, kind: str, axis: str, count: int, payload: int) -> Iterator[Collective]:
-    """Collectives over one mesh axis, within linked devices first where the axis goes beyond them."""
-    size, device = plan.topology.axes[axis], plan.device
+def _over(plan: Plan, what: str, kind: str, axes: str, count: int, payload: int) -> Iterator[Collective]:
+    """Collectives over one mesh axis or both, within linked devices first where these are fewer."""
+    size, device = math.prod(plan.topology.axes[axis] for axis in axes.split()), plan.device
     if size == 1 or not count or not payload:
         return
-    stride = 1 if axis == "tensor" else plan.topology.attention_tensor
+    stride = plan.topology.attention_tensor if axes == "data" else 1
     inner = max(1, min(size, device.linked_devices // stride))
-    outer = -(-size // inner)
-    times = 2 if kind == "all-reduce" else 1
-    linked = times * (inner - 1) / inner * payload
-    beyond = times * (outer - 1) / outer * payload / inner
+    if kind == "all-to-all":
+        linked, beyond = (inner - 1) / size * payload, (size - inner) / size * payload
+    else:
+        outer, times = -(-size // inner), 2 if kind == "all-reduce" else 1
+        linked = times * (inner - 1) / inner * payload
+        beyond = times * (outer - 1) / outer * payload / inner
     network = device.network_bytes_per_s or device.link_bytes_per_s
     seconds = count * (linked / device.link_bytes_per_s + beyond / network)
-    yield Collective(what, kind, axis, size, count, payload, linked + beyond, seconds)
+    over = "all" if " " in axes else axes
+    yield Collective(what, kind, over, size, count, payload, linked + beyond, seconds)

@@ -173,7 +173,7 @@ def load_model(
     Args:
         folder: `config.json`, safetensors, perhaps a tokenizer, perhaps `dflash/`.
         options: Choices.
-        progress: Called with (component, bytes read so far, bytes in all).
+        progress: Called with (component, bytes read so far, bytes that this process reads in all).
 
     Raises:
         ConfigError, CheckpointError, TokenizerError: With the file and key, tensor or token that is wrong.
@@ -219,7 +219,7 @@ def load_model(
     read_as = "packed" if storage in ("packed", "interleaved") else "expanded"
 
     def read(component: str, source: BackboneCheckpoint | DrafterCheckpoint, declared: Declared) -> Params:
-        report = reporter(progress, component, source.total_bytes)
+        report = reporter(progress, component, source.read_bytes(declared, read_as, placed))
         return source.load(declared, storage=read_as, sharding=placed, progress=report)
 
     def load() -> ModelParams:

@@ -32,6 +32,7 @@ FORMAT = 1
 MANIFEST = "snapshot.json"
 _WEIGHTS = "weights"
 _CHUNK_BYTES = 1 << 26  # what is read at once: a device of another mesh reads little that it does not own
+_AT_A_TIME = 1 << 28
 _WHOLE_BYTES = 1 << 25  # of larger files, only samples are read before the weights are
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -253,12 +254,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def _checkpointer(at_a_time: int = 0) -> ocp.Checkpointer:
-    """Orbax, holding on the host about as many bytes at a time as the largest request, or a gigabyte, takes.
+    """Orbax, holding on the host at most as many bytes at a time as the largest request takes, or as `_AT_A_TIME` says.
 
     Data is not compressed: packed weights hardly shrink, and restoring takes several times as long.
     """
     limited = ("save_concurrent_gb", "save_device_host_concurrent_gb", "restore_concurrent_gb")
-    limits: Any = dict.fromkeys(limited, at_a_time // 10**9 + 1)
+    limits: Any = dict.fromkeys(limited, (max(at_a_time, _AT_A_TIME) + 1) / 10**9)
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False, **limits))
 
 
@@ -289,4 +290,8 @@ def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
             array = array.reshape(*array.shape[:-1], -1, together)
         return jnp.sum(jax.lax.bitcast_convert_type(array, unsigned[array.dtype.itemsize * together]), dtype=jnp.uint32)
 
-    return jax.tree.map(total, arrays)
+    def in_turn(array: jax.Array) -> jax.Array:
+        # numbers of several elements are copies: of one layer at a time, which no mesh cuts
+        return jnp.sum(jax.lax.map(total, array), dtype=jnp.uint32) if array.ndim > 2 else total(array)
+
+    return jax.tree.map(in_turn, arrays)

@@ -139,7 +139,7 @@ class Leaf:
 
     @property
     def nbytes(self) -> int:
-        """What reading it all reports to `Progress`."""
+        """Stored bytes of its weights, as `StoredWeight.row_bytes` counts them."""
         return sum(source.row_bytes * source.shape[0] for source in self.sources)
 
     def fitted(self, shape: tuple[int, ...]) -> "Leaf":

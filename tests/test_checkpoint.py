@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 
 import jax
@@ -21,6 +22,7 @@ from mimo_jax.quantization import FP8BlockWeight, MXFP4Weight, dequantize
 from mimo_jax.safetensors_reader import DTYPE_BITS, CheckpointError, CheckpointFolder, OpenFile, SafetensorsFile
 from mimo_jax.synthesize import backbone_outputs, synthesize
 from mimo_jax.torch_sidecar import write_mask_embedding
+from sharding.topology import Topology
 from tests.checkpoint_files import (
     MICRO,
     Tensor,
@@ -141,8 +143,9 @@ def test_progress_adds_up(folder):
             checkpoint = BackboneCheckpoint(folder / name, config)
             for storage in ("packed", "expanded"):
                 told: list[int] = []
-                checkpoint.load(declared_backbone(config), storage=storage, progress=told.append)
-                assert sum(told) == checkpoint.total_bytes
+                declared = declared_backbone(config)
+                checkpoint.load(declared, storage=storage, progress=told.append)
+                assert sum(told) == checkpoint.total_bytes == checkpoint.read_bytes(declared, storage)
             assert checkpoint.total_bytes <= checkpoint.summary.nbytes
 
 
@@ -452,6 +455,70 @@ def test_every_byte_is_read_once(micro, monkeypatch, spec):
     monkeypatch.undo()
     scales = sum(t.nbytes for t in CheckpointFolder(micro).tensors.values() if t.name.endswith("_scale_inv"))
     assert checkpoint.total_bytes <= count[0] <= checkpoint.total_bytes + 3 * scales  # q, k and v each read theirs
+
+
+TWO_GROUPS = Topology(4, 2, 4, dp_attention=True, dp_lm_head=True, dense_tensor_parallel=1)
+"""As the release on two nodes: a node has half the experts and all of the rest."""
+ONE_GROUP = Topology(4)
+"""A node has half the heads, half of every expert and half the vocabulary."""
+
+
+def share_of_two_groups(name, expert):
+    return 1 if expert is None else int(expert < 2)
+
+
+def share_of_one_group(name, expert):
+    by_rows = ("q_proj", "k_proj", "v_proj", "sink_bias", "gate_proj", "up_proj", "embed_tokens", "lm_head")
+    return 1 / 2 if any(part in name for part in by_rows) else 1  # o and down are cut by columns: rows are whole
+
+
+@pytest.mark.parametrize(
+    ("topology", "share"), [(TWO_GROUPS, share_of_two_groups), (ONE_GROUP, share_of_one_group)], ids=["groups", "one"]
+)
+def test_a_process_reads_the_rows_that_its_devices_own(tmp_path, monkeypatch, topology, share):
+    """What it asks the files for is what progress counts, and what the names of the tensors say."""
+    more = {"num_key_value_heads": 4, "quantization_config": None, "attention_projection_layout": "split"}
+    synthesize(Preset({k: v for k, v in (MICRO.backbone | more).items() if v is not None}, None, 0), tmp_path / "x")
+    config = BackboneConfig.from_folder(tmp_path / "x")
+    checkpoint, mesh = BackboneCheckpoint(tmp_path / "x", config), topology.mesh()
+    arrays, asked, told = [], [], []
+    pread, places = OpenFile.pread, jax.sharding.NamedSharding.addressable_devices_indices_map
+
+    def counting(self, out, offset):
+        asked.append(len(out))
+        pread(self, out, offset)
+
+    def kept(shape, sharding, placed):
+        arrays.append((shape, sharding, placed))
+        return len(arrays) - 1  # stands for the array in the parameters
+
+    def of_first_two(self, global_shape):
+        return dict(list(places(self, global_shape).items())[:2])
+
+    def sharding(axes, shape):
+        return topology.sharding(mesh, axes, shape)
+
+    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", of_first_two)
+    monkeypatch.setattr(OpenFile, "pread", counting)
+    monkeypatch.setattr(jax, "make_array_from_single_device_arrays", kept)
+    declared = declared_backbone(config)
+    loaded = checkpoint.load(declared, sharding=sharding, progress=told.append)
+    expected = 0.0
+    for tensor in checkpoint.tensors:
+        expert = re.search(r"experts\.(\d+)\.", tensor.name)
+        expected += tensor.nbytes * share(tensor.name, expert and int(expert[1]))
+    assert sum(asked) == sum(told) == checkpoint.read_bytes(declared, "packed", sharding) == expected
+    monkeypatch.undo()
+    whole = checkpoint.load(declared)
+    assert jax.tree.structure(loaded) == jax.tree.structure(whole)
+    for number, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(whole), strict=True):
+        shape, where, placed = arrays[number]
+        assert shape == expected.shape
+        assert len(placed) == 2
+        for array in placed:
+            [device] = array.devices()
+            index = where.addressable_devices_indices_map(shape)[device]
+            np.testing.assert_array_equal(array, np.asarray(expected)[index])
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path, micro):

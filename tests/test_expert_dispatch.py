@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from mimo_jax.expert_dispatch import by_exchange, by_sum, on_all_devices, sent_bytes
+from mimo_jax.expert_dispatch import by_exchange, by_sum, messages, on_all_devices
 from pallas_kernels.expert_mlp import plain_expert_mlp
 from sharding.topology import Topology
 
@@ -56,15 +56,15 @@ def experts():
     return tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
 
 
+WAYS = [
+    (by_sum, SLICES),
+    *((way, t) for way in (by_sum, by_exchange) for t in (EP, GROUPS_EP, EP_IN_GROUPS, GROUPS_OF_SLICES)),
+    (by_exchange, ONLY_GROUPS),
+]
+
+
 @pytest.mark.parametrize("rows", [8, 40])
-@pytest.mark.parametrize(
-    ("way", "topology"),
-    [
-        (by_sum, SLICES),
-        *((way, t) for way in (by_sum, by_exchange) for t in (EP, GROUPS_EP, EP_IN_GROUPS, GROUPS_OF_SLICES)),
-        (by_exchange, ONLY_GROUPS),
-    ],
-)
+@pytest.mark.parametrize(("way", "topology"), WAYS)
 def test_equal_to_one_device(way, topology, rows, experts, rng):
     gate_up, down = experts
     for routing in ("even", "one", "last"):
@@ -85,16 +85,31 @@ def test_rows_that_do_not_divide_among_the_devices_that_share_them(experts, rng)
 def test_few_rows_go_by_sum_and_many_by_exchange():
     """The release's sizes on its mesh: an exchange is worth its messages beyond some hundred rows."""
     release = Topology(16, 2, 16, dp_attention=True, dp_lm_head=True, dense_tensor_parallel=1)
-    by_sum_bytes, by_exchange_bytes = sent_bytes(release, 1, 6144, 8, 2)
-    # rows to the other group, sums back from it, and a sum within the group, all float32 but the rows
-    assert by_sum_bytes == 6144 * (2 + 4 + 2 * 7 / 8 * 4)
+    by_sum_bytes, by_exchange_bytes = (sum(m.sent for m in sent) for sent in messages(release, 1, 6144, 8, 2).values())
+    # rows, ids and weights to the other group, sums back from it, and a sum within the group, all float32 but the rows
+    assert by_sum_bytes == 6144 * (2 + 4 + 2 * 7 / 8 * 4) + 2 * 8 * 4
     assert by_exchange_bytes < by_sum_bytes
     lowered = partial(_collectives, release)
     assert "all_to_all" not in lowered(rows=2 * 8 * 8)
     assert "all_to_all" in lowered(rows=2 * 2048)
-    assert sent_bytes(Topology(8), 4096, 6144, 8, 2)[1] == float("inf"), (
-        "slices of every expert have nowhere else to go"
-    )
+    assert list(messages(Topology(8), 4096, 6144, 8, 2)) == ["sum"], "slices of every expert have nowhere else to go"
+
+
+@pytest.mark.parametrize(("way", "topology"), WAYS)
+def test_messages_are_those_of_the_program(way, topology, experts):
+    """In kind and number; but for an exchange's counts of rows, which go by themselves."""
+    found = messages(topology, 8, HIDDEN, TOP_K, 4)["sum" if way is by_sum else "exchange"]
+    data = topology.data_parallel
+    shapes = ((data * 8, HIDDEN), jnp.float32), ((data * 8, TOP_K), jnp.int32), ((data * 8, TOP_K), jnp.float32)
+    text = str(jax.make_jaxpr(on_mesh(way, topology))(*(jax.ShapeDtypeStruct(*s) for s in shapes), *experts))
+    primitives = {
+        "all-gather": "all_gather[",
+        "reduce-scatter": "reduce_scatter[",
+        "all-reduce": "psum[",
+        "all-to-all": "ragged_all_to_all[",
+    }
+    counted = {kind: text.count(f" {primitive}") for kind, primitive in primitives.items()}
+    assert counted == {kind: sum(m.count for m in found if m.kind == kind) for kind in primitives}
 
 
 def _collectives(topology, rows):

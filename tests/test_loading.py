@@ -45,9 +45,12 @@ def memory(field):
 before = memory("VmRSS")
 import jax
 
-devices = int(sys.argv[2])
+devices, snapshot = int(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None
+if snapshot:
+    import mimo_jax.snapshot
+    before = memory("VmRSS")
 topology = Topology(devices, expert_parallel=devices)
-model = load_model(Path(sys.argv[1]), LoadOptions(storage="packed", topology=topology))
+model = load_model(Path(sys.argv[1]), LoadOptions(storage="packed", topology=topology, snapshot=snapshot))
 owned = sum(s.data.nbytes for leaf in jax.tree.leaves(model.params) for s in leaf.addressable_shards)
 print(before, owned, memory("VmHWM"))
 """
@@ -73,6 +76,23 @@ def test_any_pieces_give_the_same_parameters(tiny, monkeypatch, storage):
     assert [x.sharding for x in jax.tree.leaves(pieces)] == [x.sharding for x in jax.tree.leaves(whole)]
 
 
+def test_progress_ends_where_it_said(tiny):
+    """Also where devices have copies of KV heads, whose rows are read for each."""
+
+    def read(topology):
+        told = {}
+        load_model(tiny, LoadOptions(topology=topology), lambda name, *counts: told.setdefault(name, []).append(counts))
+        for counts in told.values():
+            done, totals = zip(*counts, strict=True)
+            assert list(done) == sorted(done)
+            assert {done[-1]} == set(totals)
+        return {name: counts[-1][0] for name, counts in told.items()}
+
+    once, copied = read(Topology()), read(Topology(4, expert_parallel=4, dense_tensor_parallel=1))
+    assert set(once) == {"backbone", "drafter"}
+    assert all(copied[name] > once[name] for name in once)
+
+
 def test_bench_load(tiny, capsys, tmp_path):
     command = ["bench", "load", "--model", tiny, "--snapshot", tmp_path / "snapshot", "--runs", 2]
     assert main([str(c) for c in (*command, "--json", tmp_path / "load.json")]) == 0
@@ -91,12 +111,10 @@ def big(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("devices", [1, 4])
-def test_the_host_holds_what_its_devices_own_and_little_more(big, devices):
+def measured(*arguments, devices):
+    """Bytes of host memory: after imports, that devices own, at most."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(big), str(devices)],
+        [sys.executable, "-c", MEASURE, *map(str, arguments)],
         env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
         capture_output=True,
         text=True,
@@ -105,4 +123,24 @@ def test_the_host_holds_what_its_devices_own_and_little_more(big, devices):
     before, owned, peak = map(int, done.stdout.split())
     print(f"imports {before:,}, owned {owned:,}, peak {peak:,}: {peak - before - owned:,} more")
     assert owned > 600e6
+    return before, owned, peak
+
+
+has_status = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc")
+
+
+@pytest.mark.slow
+@has_status
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_host_holds_what_its_devices_own_and_little_more(big, devices):
+    before, owned, peak = measured(big, devices, devices=devices)
     assert peak < before + owned + 256e6
+
+
+@pytest.mark.slow
+@has_status
+def test_a_snapshot_takes_little_more(big, tmp_path):
+    """To be made, and to be restored: the largest array's part of a device, and what else Orbax holds."""
+    for _ in ("made", "restored"):
+        before, owned, peak = measured(big, 4, tmp_path / "snapshot", devices=4)
+        assert peak < before + owned + 512e6

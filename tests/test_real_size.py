@@ -1,5 +1,6 @@
 """The release at its real size, compiled from shapes for its own mesh: what devices hold, and what they exchange."""
 
+import json
 import math
 import time
 from collections import Counter
@@ -9,6 +10,7 @@ import pytest
 
 from mimo_jax.abstract import abstract_model
 from mimo_jax.backbone import runs
+from mimo_jax.cli import main
 from mimo_jax.devices import known_devices
 from mimo_jax.plan import ModelShapes, Plan
 from mimo_jax.presets import PRESETS
@@ -82,3 +84,21 @@ def test_the_release_on_sixteen_devices():
     assert set(counted) == {"reduce-scatter", "all-reduce", "all-gather"}
     one_expert_matrix = config.moe.intermediate * config.hidden_size // 2
     assert max(size for _, size in found) < one_expert_matrix
+
+
+@pytest.mark.slow
+def test_a_restart_finds_the_round_in_the_compilation_cache(tmp_path, capsys):
+    assert main(["bench", "compile", "--runs", "1", "--json", str(tmp_path / "compile.json")]) == 0
+    shown = capsys.readouterr().out
+    print(shown)
+    assert "mimo-v2.5-pro on 16 devices: TP 16, EP 16, DP 2, DP attention, DP LM head" in shown
+    empty, filled = json.loads((tmp_path / "compile.json").read_text())["compile"]
+    assert (empty["cache_hits"], empty["cache_misses"]) == (0, 1)
+    assert (filled["cache_hits"], filled["cache_misses"]) == (1, 0)
+    assert empty["cpu_seconds"]["median"] < 2 * 60  # a minute of two cores
+    assert filled["compile_seconds"]["median"] < empty["compile_seconds"]["median"] / 3
+
+
+def test_what_cannot_be_compiled_is_said_at_once(capsys):
+    assert main(["bench", "compile", "--devices", "12"]) == 2
+    assert "128 heads of full attention cannot be cut into 12" in capsys.readouterr().err

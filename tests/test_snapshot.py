@@ -1,17 +1,20 @@
 """Snapshots: what was saved comes back bit for bit on any mesh, and what does not fit is refused with the reason."""
 
 import hashlib
+import itertools
 import json
 import shutil
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mimo_jax.cli import main
 from mimo_jax.generate import Generator
 from mimo_jax.model import LoadOptions, load_model
 from mimo_jax.request import SamplingParams
-from mimo_jax.snapshot import MANIFEST, SnapshotError
+from mimo_jax.snapshot import MANIFEST, SnapshotError, _checksums, _sums
 from mimo_jax.synthesize import synthesize
 from sharding.topology import Topology
 from tests.checkpoint_files import MICRO, assert_same
@@ -59,6 +62,26 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("snapshots") / "tiny"
     synthesize("tiny", folder, seed=11)
     return folder
+
+
+def test_checksums_are_sums_of_numbers(rng):
+    """Of as many bytes as a row falls into evenly, up to four, the first the least."""
+    arrays, expected = {}, {}
+    for dtype in ("uint8", "float8_e4m3fn", "bfloat16", "float32"):
+        for columns, lead in itertools.product((1, 2, 3, 6, 8), ((), (3,), (5, 3))):
+            name, row = f"{dtype} {lead} {columns}", columns * np.dtype(dtype).itemsize
+            stored = rng.integers(0, 256, (*lead, row)).astype(np.uint8)
+            together = next(n for n in (4, 2, 1) if row % n == 0)
+            arrays[name] = jnp.asarray(stored.view(dtype))
+            expected[name] = int(stored.view(f"<u{together}").astype(np.uint64).sum()) % 2**32
+    assert _checksums(arrays) == expected
+
+
+def test_checksums_copy_a_layer_at_a_time():
+    shape = jax.ShapeDtypeStruct((32, 1 << 15, 64), "uint8")
+    memory = _sums.lower({"x": shape}).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < shape.size / 8
 
 
 def test_another_mesh(tiny, tmp_path):

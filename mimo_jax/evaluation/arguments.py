@@ -11,7 +11,7 @@ from mimo_jax.presets import PRESETS
 def add_bench(commands: argparse._SubParsersAction) -> None:
     """Add the subcommand that measures speed."""
     parser = commands.add_parser(
-        "bench", help="measure speed", description="Measure loading and decoding on this machine."
+        "bench", help="measure speed", description="Measure loading, compiling and decoding on this machine."
     )
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     decode = kinds.add_parser(
@@ -66,8 +66,20 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         "--contexts", type=positives, default="1024,16384,131072", metavar="N,N,...", help="default: %(default)s"
     )
     shard.set_defaults(handler="mimo_jax.evaluation.commands:bench_shard_command")
-    for kind in (decode, scenarios, loading, shard):
-        kind.add_argument("--runs", type=positive, default=5, metavar="N", help="default: 5")
+    compiling = kinds.add_parser(
+        "compile",
+        help="compiling a round at real size, and starting again from the compilation cache",
+        description="Compile a round from shapes alone, for devices of a CPU that need not be there, and start again "
+        "in a process that finds it in the compilation cache. The model lies over the devices as in `plan` where no "
+        "topology is given. Needs no weights.",
+    )
+    compiling.add_argument(
+        "--preset", choices=sorted(PRESETS), default="mimo-v2.5-pro", help="default: mimo-v2.5-pro, with its drafter"
+    )
+    compiling.add_argument("--devices", type=positive, default=16, metavar="N", help="default: 16")
+    compiling.set_defaults(handler="mimo_jax.evaluation.commands:bench_compile_command")
+    for kind, runs in ((decode, 5), (scenarios, 5), (loading, 5), (shard, 5), (compiling, 3)):
+        kind.add_argument("--runs", type=positive, default=runs, metavar="N", help=f"default: {runs}")
         kind.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
 
 

@@ -14,6 +14,7 @@ from mimo_jax.devices import known_devices
 from mimo_jax.evaluation import pictures, tables
 from mimo_jax.evaluation.acceptance import measure
 from mimo_jax.evaluation.bench import as_json, bench_context, bench_decode
+from mimo_jax.evaluation.compiling import bench_compile
 from mimo_jax.evaluation.loading import bench_load
 from mimo_jax.evaluation.machine import this_machine
 from mimo_jax.evaluation.prompts import load
@@ -22,6 +23,8 @@ from mimo_jax.evaluation.scenarios import SCENARIOS, held_out_texts, prompts
 from mimo_jax.evaluation.shard import bench_shard, random_model, share
 from mimo_jax.evaluation.speed import compare_speed
 from mimo_jax.generate import Generator
+from mimo_jax.plan import default_topology
+from mimo_jax.plan_report import topology_words
 from mimo_jax.presets import PRESETS
 from mimo_jax.progress import counting_bar, loading_bar, output_console, require_matplotlib
 from mimo_jax.request import SamplingParams
@@ -80,6 +83,14 @@ def bench_shard_command(arguments: argparse.Namespace) -> None:
             advance(1)
     more = f"1/{arguments.devices} of {arguments.preset}, {dtype}"
     _report([tables.shard(found)], {"shard": [r.as_json() for r in found]}, more, arguments.json)
+
+
+def bench_compile_command(arguments: argparse.Namespace) -> None:
+    """`mimo-jax bench compile`."""
+    _checked(arguments.json)
+    found = bench_compile(arguments.preset, arguments.devices, runs=arguments.runs)
+    named = f"{arguments.preset} on {arguments.devices} devices: {topology_words(default_topology(arguments.devices))}"
+    _report([tables.compiling(found)], {"compile": [r.as_json() for r in found]}, named, arguments.json)
 
 
 def eval_acceptance(arguments: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from mimo_jax.evaluation.acceptance import RELEASE_CARD, Acceptance
 from mimo_jax.evaluation.bench import ContextResult, DecodeResult, Spread
+from mimo_jax.evaluation.compiling import CompileResult
 from mimo_jax.evaluation.loading import LoadResult
 from mimo_jax.evaluation.quality import Comparison
 from mimo_jax.evaluation.shard import ShardResult
@@ -74,6 +75,18 @@ def loading(results: Sequence[LoadResult]) -> Table:
     for r in results:
         sizes = ("-" if size is None else f"{size / 1e6:,.0f}" for size in (r.owned_bytes, r.host_bytes))
         table.add_row(r.what, f"{r.nbytes / 1e6:,.0f}", spread(r.seconds, 2), f"{r.gigabytes_per_second:.2f}", *sizes)
+    return table
+
+
+def compiling(results: Sequence[CompileResult]) -> Table:
+    """Of `bench compile`."""
+    table = Table(title="A round's program from shapes, seconds: median (lowest-highest)", title_justify="left")
+    table.add_column("compilation cache")
+    for name in ("trace and lower", "compile or read", "both, CPU", "whole process", "found in cache"):
+        table.add_column(name, justify="right")
+    for r in results:
+        times = (_spread(s) for s in (r.lower_seconds, r.compile_seconds, r.cpu_seconds, r.process_seconds))
+        table.add_row(r.what, *times, f"{r.cache_hits} of {r.cache_hits + r.cache_misses}")
     return table
 
 
