@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.table import Table
 
 from mimo_jax.arguments import load_generator, load_options, output_file

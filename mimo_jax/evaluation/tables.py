@@ -61,8 +61,8 @@ def shard(results: Sequence[ShardResult]) -> Table:
             table.add_row(*at, "no room", "", "", least)
             continue
         ratio = "-" if r.floor_milliseconds is None else f"{r.milliseconds / r.floor_milliseconds:.2f}"
-        spread = [_spread(s, 2) for s in (r.measured.draft_milliseconds, r.measured.verify_milliseconds)]
-        table.add_row(*at, *spread, f"{r.milliseconds:.2f}", least, ratio, _spread(r.measured.plain_milliseconds, 2))
+        parts = [spread(s, 2) for s in (r.measured.draft_milliseconds, r.measured.verify_milliseconds)]
+        table.add_row(*at, *parts, f"{r.milliseconds:.2f}", least, ratio, spread(r.measured.plain_milliseconds, 2))
     return table
 
 
@@ -85,7 +85,7 @@ def compiling(results: Sequence[CompileResult]) -> Table:
     for name in ("trace and lower", "compile or read", "both, CPU", "whole process", "found in cache"):
         table.add_column(name, justify="right")
     for r in results:
-        times = (_spread(s) for s in (r.lower_seconds, r.compile_seconds, r.cpu_seconds, r.process_seconds))
+        times = (spread(s) for s in (r.lower_seconds, r.compile_seconds, r.cpu_seconds, r.process_seconds))
         table.add_row(r.what, *times, f"{r.cache_hits} of {r.cache_hits + r.cache_misses}")
     return table
 
