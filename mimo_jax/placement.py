@@ -110,7 +110,8 @@ def holdings(topology: Topology, config: BackboneConfig, drafter: DrafterConfig 
 def draw(topology: Topology, found: Sequence[Holding], console: Console) -> None:
     """Print what every device holds, for people."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in topology.axes.items())
-    console.print(f"{topology.tensor_parallel} devices, mesh {mesh}", highlight=False)
+    groups = "; devices of one data group attend to the same sequences" if topology.data_parallel > 1 else ""
+    console.print(f"{topology.tensor_parallel} devices, mesh {mesh}{groups}", highlight=False)
     kinds = list(found[0].kv_heads)
     names = ("device", "data", "tensor", "heads", *(f"KV {kind}" for kind in kinds), "experts", "their columns")
     table = Table(show_edge=False)
