@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 from jax.experimental import topologies
@@ -30,8 +30,8 @@ class Program:
     """A compiled program."""
 
     hlo: str
-    ptx: str
-    """Of its Pallas kernels."""
+    report: str
+    """PTX of its Pallas kernels, and what ptxas says of them."""
     kernels: list[Kernel]
 
 
@@ -50,10 +50,12 @@ def compile_for_h200(function: Callable[..., Any], *shapes: tuple[tuple[int, ...
     """Compile a function of arrays of these shapes and dtypes, or None, for one H200."""
     where = jax.sharding.SingleDeviceSharding(h200())
     arrays = [None if shape is None else jax.ShapeDtypeStruct(*shape, sharding=where) for shape in shapes]
-    with _dumped("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS") as dump:
-        # tests compile for speed of compilation, which is not what is looked at here
-        done = jax.jit(function).lower(*arrays).compile({"xla_backend_optimization_level": 3})
-    printed = dump.read_text(errors="replace")
+    with tempfile.TemporaryFile() as file:
+        with _printing_to(file, "MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS"):
+            # tests compile for speed of compilation, which is not what is looked at here
+            done = jax.jit(function).lower(*arrays).compile({"xla_backend_optimization_level": 3})
+        file.seek(0)
+        printed = file.read().decode(errors="replace")
     kernels = [
         Kernel(name, int(registers), int(stores) + int(loads))
         for name, stores, loads, registers in re.findall(
@@ -67,26 +69,23 @@ def compile_for_h200(function: Callable[..., Any], *shapes: tuple[tuple[int, ...
 
 
 @contextmanager
-def _dumped(*variables: str) -> Iterator[Path]:
-    """Set environment variables that make the compiler print, and send what it prints to a file."""
+def _printing_to(file: IO[bytes], *variables: str) -> Iterator[None]:
+    """Set environment variables that make the compiler print, and send to a file what the process prints."""
     libc = ctypes.CDLL(None)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "printed"
-        kept = {name: os.environ.get(name) for name in variables}
-        streams = [os.dup(1), os.dup(2)]
-        with path.open("wb") as file:
-            os.environ.update(dict.fromkeys(variables, "1"))
-            for stream in (1, 2):
-                os.dup2(file.fileno(), stream)
-            try:
-                yield path
-            finally:
-                libc.fflush(None)
-                for stream, old in zip((1, 2), streams, strict=True):
-                    os.dup2(old, stream)
-                    os.close(old)
-                for name, value in kept.items():
-                    if value is None:
-                        del os.environ[name]
-                    else:
-                        os.environ[name] = value
+    kept = {name: os.environ.get(name) for name in variables}
+    streams = {stream: os.dup(stream) for stream in (1, 2)}
+    os.environ.update(dict.fromkeys(variables, "1"))
+    for stream in streams:
+        os.dup2(file.fileno(), stream)
+    try:
+        yield
+    finally:
+        libc.fflush(None)
+        for stream, old in streams.items():
+            os.dup2(old, stream)
+            os.close(old)
+        for name, value in kept.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,4 +1,11 @@
-"""Paged attention on Hopper: keys are read where they lie in pages, by several programs where there are few rows."""
+"""Paged attention on Hopper: keys are read where they lie in pages, by several programs where there are few rows.
+
+Floors of a call, at 4.3 TB/s and 780 TFLOP/s: a committed position costs (qk_dim + v_dim) * 2 bytes a KV head, 640 of
+the release's, and 2 * (qk_dim + v_dim) FLOPs a row and head. Up to about 180 rows and heads a KV head, bytes take
+longer: 20 us for 131,072 positions of one sequence and KV head, 156 us for 2**20. Verification of 8 rows with 16 heads
+a KV head keeps the tensor cores busy for 70% of that. Where keys are split, programs write their parts of the result in
+float32, up to 132 * 128 * v_dim * 4 bytes in all: 8.7 MB, or 2 us each way, and a few small kernels merge them.
+"""
 
 from typing import Any
 

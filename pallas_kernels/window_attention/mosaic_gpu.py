@@ -1,4 +1,11 @@
-"""Window attention on Hopper: keys are read where they lie in the ring, and follow on by the block's."""
+"""Window attention on Hopper: keys are read where they lie in the ring, and those of the block follow on.
+
+Floors of a call, at 4.3 TB/s and 780 TFLOP/s (5.9 on one multiprocessor): a sequence and KV head have one program,
+which reads slots * (qk_dim + v_dim) * 2 bytes of ring, and moves (qk_dim + v_dim) * 2 bytes for each of its rows and
+heads. Verification of 8 rows with 16 heads a KV head reads 87 KB of ring, moves 82 KB of rows and multiplies 128 rows
+by 3 tiles of 64 keys: 2.7 us in one wave of up to 132 programs, whose bytes take 5 us when they are as many. A
+drafter's ring of 1032 slots is 528 KB and 17 tiles: 12 us of products in a program, and 18 us of bytes for 132.
+"""
 
 from typing import Any
 
