@@ -22,7 +22,7 @@ from tests import test_paged_attention as paged
 from tests import test_window_attention as window
 
 # weights and the result are rounded to bfloat16 (2**-9 relative each); values reach about 3
-TOLERANCE = {"rtol": 1e-2, "atol": 1.5e-2}
+close = partial(np.testing.assert_allclose, rtol=1e-2, atol=1.5e-2)
 BACKENDS = ["reference", "mosaic_gpu"]
 
 
@@ -102,7 +102,7 @@ def test_window_attention(case, backend, rng):
         visible_keys=case.visible_keys,
         causal=case.causal,
     )
-    np.testing.assert_allclose(np.asarray(out, np.float32), window.expected(case, data), **TOLERANCE)
+    close(np.asarray(out, np.float32), window.expected(case, data))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -120,7 +120,7 @@ def test_paged_attention(case, backend, rng):
         jnp.asarray(data.lengths),
         None if data.sink is None else jnp.asarray(data.sink),
     )
-    np.testing.assert_allclose(np.asarray(out, np.float32), paged.expected(case, data), **TOLERANCE)
+    close(np.asarray(out, np.float32), paged.expected(case, data))
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.hopper import MULTIPROCESSORS, SHARED_BYTES, WARPGROUP_ROWS, shared
 from pallas_kernels.interleaved_mxfp4 import CODES, MASK, PRODUCT_SCALE, WIDTH
 from pallas_kernels.mxfp4 import BLOCK
 from pallas_kernels.ragged_rows import ROW_ALIGNMENT, ragged_rows
 
+WARPGROUP_ROWS = 64
+"""Outputs of a warpgroup's weight tile: wgmma's rows."""
+MULTIPROCESSORS = 132
+"""Of an H100 and an H200."""
 MAX_TILE = 128
 
 
@@ -100,7 +103,7 @@ def _stages(rows: int, warpgroups: int, blocks: int) -> int:
     """As many stages as shared memory holds beside the results; more than six gain nothing."""
     outputs = 2 * warpgroups * WARPGROUP_ROWS
     stage = blocks * WIDTH * (outputs // 2 + rows * 2) + blocks * CODES * outputs
-    return min(6, (SHARED_BYTES - rows * outputs * 2) // stage)
+    return min(6, (225 * 1024 - rows * outputs * 2) // stage)
 
 
 def _flat(words: jax.Array, pair: int, outputs: int) -> jax.Array:
@@ -288,10 +291,10 @@ def paired_matmul(
         kernel,
         out_type=jax.ShapeDtypeStruct((rows, halves * outputs), jnp.bfloat16),
         scratch_types={
-            "x_ring": shared((stages, tiling.rows, width), jnp.bfloat16, 64),
-            "words_ring": shared((stages, 2, wide, width // CODES), jnp.int16, 64),
+            "x_ring": _shared((stages, tiling.rows, width), jnp.bfloat16, 64),
+            "words_ring": _shared((stages, 2, wide, width // CODES), jnp.int16, 64),
             "scales_ring": plgpu.SMEM((stages, 2, tiling.blocks, CODES, wide), jnp.uint8),
-            "results": shared((tiling.warpgroups, halves, tiling.rows, WARPGROUP_ROWS), jnp.bfloat16, 128),
+            "results": _shared((tiling.warpgroups, halves, tiling.rows, WARPGROUP_ROWS), jnp.bfloat16, 128),
             "full": plgpu.Barrier(num_arrivals=5, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=stages),
         },
@@ -303,6 +306,12 @@ def paired_matmul(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )(x, words, scales, layer, *tiles)
+
+
+def _shared(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, swizzle: int) -> Any:
+    """Shared memory as wgmma and TMA both address it."""
+    columns = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)))
 
 
 def _values(words: jax.Array) -> tuple[jax.Array, ...]:

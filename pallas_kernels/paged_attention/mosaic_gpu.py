@@ -7,6 +7,7 @@ a KV head keeps the tensor cores busy for 70% of that. Where keys are split, pro
 float32, up to 132 * 128 * v_dim * 4 bytes in all: 8.7 MB, or 2 us each way, and a few small kernels merge them.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ LEAST_TILES = 4
 """Of keys that a program is started for."""
 
 
+@partial(jax.jit, static_argnames=("splits", "interpret"))  # layers share what it lowers to
 def paged_attention(
     q: jax.Array,
     k_pages: jax.Array,

@@ -7,6 +7,7 @@ by 3 tiles of 64 keys: 2.7 us in one wave of up to 132 programs, whose bytes tak
 drafter's ring of 1032 slots is 528 KB and 17 tiles: 12 us of products in a program, and 18 us of bytes for 132.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax import lax
 from pallas_kernels.mosaic_attention import ALIGNMENT, KEYS, NOWHERE, KeyTiles, Piece, attend, check_heads
 
 
+@partial(jax.jit, static_argnames=("visible_keys", "causal", "interpret"))  # layers share what it lowers to
 def window_attention(
     q: jax.Array,
     ring_k: jax.Array,
