@@ -5,7 +5,7 @@ known how many rows stand, `commit` stores exactly those. Dropping the rest is a
 
 A ring keeps position c in slot c mod R. What a slot holds follows from the committed length alone, so no positions are
 stored. Reading needs visible_keys - 1 slots; rings have visible_keys + block - 1, enough also for a kernel that places
-the block's rows in the ring before it reads.
+the block's rows in the ring before it reads, rounded up to what a kernel can copy whole.
 """
 
 from dataclasses import dataclass, replace
@@ -16,6 +16,9 @@ import jax.numpy as jnp
 
 from mimo_jax.config import AttentionConfig, AttentionKind, BackboneConfig, DrafterConfig
 from sharding.layout import Axes, BatchArray
+
+SLOT_ALIGNMENT = 8
+"""Rings have a multiple of this many slots: a GPU's shared memory is laid out in groups of 8 rows."""
 
 
 @jax.tree_util.register_dataclass
@@ -99,9 +102,10 @@ class BackboneCache:
 def ring_slots(visible_keys: int | None, block: int, capacity: int) -> int:
     """Slots of a ring whose reader sees `visible_keys` keys and whose writer adds up to `block` rows at a time.
 
-    Without a window, or with one longer than the sequences may grow, every position has its own slot.
+    Without a window, or with one longer than the sequences may grow, every position has its own slot. A multiple of 8.
     """
-    return capacity if visible_keys is None else min(capacity, visible_keys + block - 1)
+    needed = capacity if visible_keys is None else min(capacity, visible_keys + block - 1)
+    return -(-needed // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
 def backbone_cache(

@@ -76,8 +76,8 @@ def lengths_of(case):
     return np.array(sorted(length for length in around if length <= capacity), np.int32)
 
 
-def make(case, rng, dtype=jnp.float32):
-    lengths = lengths_of(case)
+def make(case, rng, dtype=jnp.float32, lengths=None):
+    lengths = lengths_of(case) if lengths is None else np.array(lengths, np.int32)
     batch, capacity = len(lengths), case.columns * case.page_size
     pages = batch * case.columns + 5
 
