@@ -1,7 +1,8 @@
 """MXFP4 experts in Triton, on weights as checkpoints store them: a check on other kernels, and for GPUs without one.
 
 Two grouped matmuls of one kernel: with the pair of gate and up, whose results meet in SwiGLU, and with the pair of
-down's halves.
+down's halves. Compute capability 8.0 to 9.0 and 12.0 are served; for 10.0 the operands of large tiles exceed the tensor
+memory, which jax-triton refuses when a program is lowered.
 """
 
 from collections.abc import Callable
