@@ -53,7 +53,7 @@ def test_instructions_give_the_values_of_every_word(rng):
     values = np.array([*mxfp4.MAGNITUDES, *(-m for m in mxfp4.MAGNITUDES)])[nibbles]  # [words, 4]
     by_input = nibbles.reshape(-1, 32, 4).swapaxes(1, 2).reshape(-1, 128).astype(np.uint8)
     codes = by_input[:, ::2] | by_input[:, 1::2] << 4
-    words, _ = interleaved_mxfp4.interleave(codes, np.full((len(codes), 4), 127, np.uint8))
+    words, _ = interleaved_mxfp4.interleave(jnp.asarray(codes), jnp.full((len(codes), 4), 127, jnp.uint8))
     words = np.asarray(words).view(np.uint16).reshape(-1).astype(np.uint32)
     other = rng.permutation(len(words))
     pairs = words | words[other] << 16
@@ -68,7 +68,7 @@ def test_instructions_give_the_values_of_every_word(rng):
 @pytest.mark.parametrize("scale", [33, 95, 127, 128, 159])
 def test_products_with_scales_are_exact_bfloat16(scale):
     """bfloat16 of code and scale, multiplied, is 2**-31 of the weight, exactly."""
-    _, blocks = interleaved_mxfp4.interleave(np.zeros((1, 64), np.uint8), np.full((1, 4), scale, np.uint8))
+    _, blocks = interleaved_mxfp4.interleave(jnp.zeros((1, 64), jnp.uint8), jnp.full((1, 4), scale, jnp.uint8))
     power = (np.asarray(blocks).astype(np.uint32) << 23).view(np.float32)
     product = mxfp4.MAGNITUDES.astype(np.float64) * 2.0**-126 * power.reshape(-1, 1).astype(np.float64)
     rounded = product.astype(np.float32)
