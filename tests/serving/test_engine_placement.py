@@ -31,7 +31,7 @@ def alone(folder) -> Model:
     return load_model(folder, LoadOptions())
 
 
-@pytest.mark.parametrize("topology", [TWO_GROUPS, Topology(4)], ids=["DP2 x TP4, EP8", "TP4"])
+@pytest.mark.parametrize("topology", [TWO_GROUPS, Topology(4, expert_parallel=4)], ids=["DP2 x TP4, EP8", "TP4, EP4"])
 async def test_a_mesh_gives_the_tokens_of_one_device(folder, alone, topology, rng):
     """Greedy and sampled; there are more requests than slots, and some begin alike."""
     beginning = rng.integers(0, alone.config.vocab_size, 40).tolist()
