@@ -54,8 +54,8 @@ def loading_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--storage",
         choices=("packed", "interleaved", "expanded"),
-        help="of quantised weights in memory (default: interleaved for the kernel on a GPU; expanded on a CPU with "
-        "room for it; else packed)",
+        help="of quantised weights in memory (default: interleaved for the kernel on a Hopper GPU; expanded on a CPU "
+        "with room for it; else packed)",
     )
     group.add_argument(
         "--swa-visible-keys",

@@ -41,7 +41,7 @@ def interleaved(params: Params, axes: Params, topology: Topology, mesh: Mesh) ->
 def outline(weight: MXFP4Weight, axes: tuple[str, ...], topology: Topology, mesh: Mesh) -> InterleavedWeight:
     """The `jax.ShapeDtypeStruct`s of what `interleaved` would make of a weight's."""
     shapes = jax.eval_shape(interleave, weight.codes, weight.scales)
-    placed = [
+    placed: list[Any] = [
         jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=topology.sharding(mesh, names, s.shape))
         for s, names in zip(shapes, _interleaved_axes(axes), strict=True)
     ]

@@ -22,6 +22,7 @@ from mimo_jax.placement import check, with_copied_kv_heads
 from mimo_jax.progress import reporter
 from mimo_jax.speculative import DecodeState, ModelParams, Models, empty_state
 from mimo_jax.tokenizer import Tokenizer
+from pallas_kernels import backends
 from pallas_kernels.interleaved_mxfp4 import WIDTH
 from sharding.distributed import agree
 from sharding.layout import layout, place
@@ -46,8 +47,8 @@ class LoadOptions:
     """Of activations, caches and plain weights. Default: float32 on a CPU, bfloat16 elsewhere."""
     storage: Storage | None = None
     """Keep MXFP4 and FP8 weights packed in memory, as stored or interleaved for the kernel (see `gpu_weights`), or
-    expand them to `dtype`: in stacks of layers or, on one device, by layer (see `cpu_weights`). Default: on a GPU
-    interleaved if every device's part of an expert allows it; on a CPU that has room for it expanded, where plain
+    expand them to `dtype`: in stacks of layers or, on one device, by layer (see `cpu_weights`). Default: on a Hopper
+    GPU interleaved if every device's part of an expert allows it; on a CPU that has room for it expanded, where plain
     weights are faster, and by layer if there are few; otherwise packed."""
     swa_visible_keys: int | None = None
     """Keys an SWA query sees (see `BackboneConfig.from_hf`)."""
@@ -264,14 +265,15 @@ def declare_models(
 
 
 def default_storage(models: Models) -> Storage:
-    """On a GPU interleaved if it can be; on a CPU with room for two copies of the plain weights expanded, by layer
-    where it can be; otherwise packed.
+    """On a Hopper GPU interleaved if it can be; on a CPU with room for two copies of the plain weights expanded, by
+    layer where it can be; otherwise packed.
     """
     backbone = models.backbone
     if jax.default_backend() != "cpu":
         config = backbone.module.config
         quantized = config.quantization is not None and config.quantization.expert_format == "mxfp4"
-        return "interleaved" if quantized and can_interleave(config, models.topology) else "packed"
+        hopper = backends.on_gpus() == "mosaic_gpu"
+        return "interleaved" if hopper and quantized and can_interleave(config, models.topology) else "packed"
     expanded = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backbone.shapes))
     if 2 * expanded >= available_memory():
         return "packed"

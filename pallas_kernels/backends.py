@@ -44,7 +44,7 @@ def run(op: str, backend: Backend | None, *arrays: Any, **static: Any) -> Any:
 
     @jax.custom_vjp
     def by_platform(*arrays: Any) -> Any:
-        kernel = partial(_implementation(op, "mosaic_gpu"), **static)
+        kernel = partial(_implementation(op, on_gpus()), **static)
         return jax.lax.platform_dependent(*arrays, cuda=kernel, default=reference)
 
     def forward(*arrays: Any) -> Any:
@@ -59,6 +59,13 @@ def run(op: str, backend: Backend | None, *arrays: Any, **static: Any) -> Any:
     except NotImplementedError as refusal:
         _tell(op, str(refusal))
         return reference(*arrays)
+
+
+def on_gpus() -> Literal["mosaic_gpu", "triton"]:
+    """The backend of programs for GPUs: Mosaic's on Hopper, for which a machine without GPUs compiles, too."""
+    if jax.default_backend() != "gpu" or jax.devices()[0].compute_capability.startswith("9."):
+        return "mosaic_gpu"
+    return "triton"
 
 
 @cache

@@ -50,11 +50,4 @@ def decode_registers(words: jax.Array, codes: tuple[Fields, ...], layout: plgpu.
             for values in found
         )
 
-    return decode(words)
-
-
-def shared(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, swizzle: int) -> Any:
-    """Shared memory as wgmma and TMA both address it, of rows that are cut into pieces of `swizzle` bytes."""
-    columns = swizzle // jnp.dtype(dtype).itemsize
-    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    return decode(words)  # pyright: ignore[reportCallIssue]: the decorator takes the context away

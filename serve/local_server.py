@@ -13,6 +13,7 @@ from smg_grpc_proto.generated.sglang_scheduler_pb2_grpc import add_SglangSchedul
 from serve.bench_client import Answer, Ask, Question, connected, run
 from serve.generation import Engine
 from serve.services.grpc_server import GrpcServer, Service
+from serve.services.requests import Requests
 from serve.services.scheduler_service import ADMIN_METHODS, SERVICE_NAME, SchedulerService
 
 Asking = Callable[[Sequence[Question], Ask], Awaitable[tuple[list[Answer], float]]]
@@ -37,7 +38,10 @@ async def served(engine: Engine, model: Path, tokenizer: Path, client: Executor)
         client: That asks.
     """
     service = Service(
-        SERVICE_NAME, add_SglangSchedulerServicer_to_server, SchedulerService(engine, model, tokenizer), ADMIN_METHODS
+        SERVICE_NAME,
+        add_SglangSchedulerServicer_to_server,
+        SchedulerService(Requests(engine), model, tokenizer),
+        ADMIN_METHODS,
     )
     server = GrpcServer(engine, [service], "127.0.0.1:0")
     await server.start()

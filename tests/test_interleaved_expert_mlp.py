@@ -185,13 +185,17 @@ def test_refuses(dtype, hidden, inner, message, rng):
         interleaved_expert_mlp(x, ids, weights, *given, layer=0, backend="mosaic_gpu")
 
 
+@pytest.mark.parametrize("experts", [24, 384])
 @pytest.mark.parametrize("tokens", [1, 8, 64, 300, 2048, 8192])
 @pytest.mark.parametrize(
     ("hidden", "inner"), [(6144, 2048), (6144, 256), (6144, 128), (4096, 2048), (4096, 1024), (256, 128)]
 )
-def test_chosen_tilings_fit(tokens, hidden, inner):
+def test_chosen_tilings_fit(tokens, experts, hidden, inner):
     for tiling, outputs, inputs in zip(
-        mosaic_gpu.choose_tilings(tokens * 8, 384, hidden, inner), (inner, hidden // 2), (hidden, inner), strict=True
+        mosaic_gpu.choose_tilings(tokens * 8, experts, 384, hidden, inner),
+        (inner, hidden // 2),
+        (hidden, inner),
+        strict=True,
     ):
         assert outputs % (64 * tiling.warpgroups) == 0
         assert inputs % (128 * tiling.blocks) == 0

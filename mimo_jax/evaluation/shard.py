@@ -106,15 +106,15 @@ def random_model(config: BackboneConfig, drafter: DrafterConfig | None, dtype: D
 
 
 def _random(leaf: Any, key: jax.Array) -> Any:
-    """Weights of about 1 / sqrt(in); norms, vectors and what is as small are ones."""
+    """A weight like one of `jax.ShapeDtypeStruct`s: of about 1 / sqrt(in); norms and what is as small are ones."""
 
-    def bits(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    def bits(shape: Any) -> jax.Array:
         return jax.jit(
             lambda: jax.random.bits(key, shape.shape, f"uint{8 * shape.dtype.itemsize}").view(shape.dtype),
             out_shardings=shape.sharding,
         )()
 
-    def full(shape: jax.ShapeDtypeStruct, value: float) -> jax.Array:
+    def full(shape: Any, value: float) -> jax.Array:
         return jnp.full(shape.shape, value, shape.dtype, device=shape.sharding)
 
     match leaf:
@@ -134,7 +134,7 @@ def _scale_byte(inputs: int) -> int:
     return 127 - 2 - round(math.log2(math.sqrt(inputs)))
 
 
-def _normal(shape: jax.ShapeDtypeStruct, deviation: float, key: jax.Array) -> jax.Array:
+def _normal(shape: Any, deviation: float, key: jax.Array) -> jax.Array:
     @jax.jit
     def layer(key: jax.Array) -> jax.Array:
         return (deviation * jax.random.normal(key, shape.shape[1:], jnp.bfloat16)).astype(shape.dtype)

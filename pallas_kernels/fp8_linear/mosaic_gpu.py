@@ -17,15 +17,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.bit_fields import Fields
 from pallas_kernels.fp8 import COLUMNS
-from pallas_kernels.mosaic_decode import decode_registers, shared
+from pallas_kernels.hopper import MULTIPROCESSORS, SHARED_BYTES, WARPGROUP_ROWS, shared
+from pallas_kernels.mosaic_decode import decode_registers
 
-OUTPUTS = 64
-"""Of a warpgroup: wgmma's rows."""
 MOST_ROWS = 64
 """Beyond it, expanding a weight costs little beside multiplying with it."""
-PROGRAMS = 2 * 132
-"""Parts to cut a weight into, if it has as many: two a multiprocessor of an H200."""
-SHARED_BYTES = 200 * 1024
+PROGRAMS = 2 * MULTIPROCESSORS
+"""Parts to cut a weight into, if it has as many."""
 
 EVEN: Fields = ((8, 0x8000), (4, 0x07F0))
 ODD: Fields = ((0, 0x8000), (-4, 0x07F0))
@@ -41,9 +39,9 @@ def fp8_linear(
     tile = outputs // scales.shape[1]
     if x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"rows must be bfloat16, not {x.dtype}")
-    if inputs % COLUMNS or tile % OUTPUTS:
+    if inputs % COLUMNS or tile % WARPGROUP_ROWS:
         raise NotImplementedError(
-            f"inputs must be a multiple of {COLUMNS} and rows of a scale of {OUTPUTS}, not {inputs} and {tile}"
+            f"inputs must be a multiple of {COLUMNS} and rows of a scale of {WARPGROUP_ROWS}, not {inputs} and {tile}"
         )
     if rows > MOST_ROWS:
         raise NotImplementedError(f"{rows} rows are more than {MOST_ROWS}: expanding the weight is as fast")
@@ -58,9 +56,9 @@ def fp8_linear(
 def choose_parts(rows: int, inputs: int, outputs: int) -> int:
     """Into how many equal parts of whole blocks the inputs are cut."""
     blocks = inputs // COLUMNS
-    fitting = SHARED_BYTES // (COLUMNS * (OUTPUTS + 2 * rows))
+    fitting = (SHARED_BYTES - 4 * WARPGROUP_ROWS * rows) // (COLUMNS * (WARPGROUP_ROWS + 2 * rows))
     divisors = [n for n in range(1, blocks + 1) if not blocks % n and blocks // n <= fitting]
-    return next((n for n in divisors if n * (outputs // OUTPUTS) >= PROGRAMS), blocks)
+    return next((n for n in divisors if n * (outputs // WARPGROUP_ROWS) >= PROGRAMS), blocks)
 
 
 @partial(jax.jit, static_argnames="interpret")  # layers share what it lowers to
@@ -80,12 +78,14 @@ def _multiply(x: jax.Array, values: jax.Array, scales: jax.Array, layer: jax.Arr
         def fetch(step: jax.Array, _: None) -> None:
             columns = pl.ds((first + step) * COLUMNS, COLUMNS)
             plgpu.copy_gmem_to_smem(
-                values.at[layer[0], pl.ds(block * OUTPUTS, OUTPUTS), columns], w_at.at[step], full.at[step]
+                values.at[layer[0], pl.ds(block * WARPGROUP_ROWS, WARPGROUP_ROWS), columns],
+                w_at.at[step],
+                full.at[step],
             )
             plgpu.copy_gmem_to_smem(x.at[:, columns], x_at.at[step], full.at[step])
 
         lax.fori_loop(0, steps, fetch, None)
-        scale_row = lax.div(block * OUTPUTS, tile)
+        scale_row = lax.div(block * WARPGROUP_ROWS, tile)
 
         def add(step: jax.Array, total: jax.Array) -> jax.Array:
             plgpu.barrier_wait(full.at[step])
@@ -102,13 +102,13 @@ def _multiply(x: jax.Array, values: jax.Array, scales: jax.Array, layer: jax.Arr
                         plgpu.wgmma(product, operand, x_at.at[step, :, columns].T)
                     return product[...]
 
-                product = pl.run_scoped(multiply, plgpu.ACC((OUTPUTS, rows)))
+                product = pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, rows)))
             return total + product * scales[layer[0], scale_row, first + step]
 
-        zeros = plgpu.layout_cast(jnp.zeros((OUTPUTS, rows), jnp.float32), plgpu.Layout.WGMMA)
+        zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, rows), jnp.float32), plgpu.Layout.WGMMA)
         sums[...] = lax.fori_loop(0, steps, add, zeros)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(sums, out.at[part, pl.ds(block * OUTPUTS, OUTPUTS)])
+        plgpu.copy_smem_to_gmem(sums, out.at[part, pl.ds(block * WARPGROUP_ROWS, WARPGROUP_ROWS)])
         plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
@@ -116,11 +116,11 @@ def _multiply(x: jax.Array, values: jax.Array, scales: jax.Array, layer: jax.Arr
         out_type=jax.ShapeDtypeStruct((parts, outputs, rows), jnp.float32),
         scratch_types={
             "x_at": shared((steps, rows, COLUMNS), jnp.bfloat16, 128),
-            "w_at": shared((steps, OUTPUTS, COLUMNS), jnp.float8_e4m3fn, 128),
-            "sums": plgpu.SMEM((OUTPUTS, rows), jnp.float32),
+            "w_at": shared((steps, WARPGROUP_ROWS, COLUMNS), jnp.float8_e4m3fn, 128),
+            "sums": plgpu.SMEM((WARPGROUP_ROWS, rows), jnp.float32),
             "full": plgpu.Barrier(num_arrivals=2, num_barriers=steps),
         },
-        grid=(parts, outputs // OUTPUTS),
+        grid=(parts, outputs // WARPGROUP_ROWS),
         grid_names=("part", "block"),
         kernel_name="fp8_linear",
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -6,6 +6,7 @@ rows are its second, so that a tile may have as few as eight. A grid of one prog
 that there are; one warpgroup keeps a ring of stages filled by TMA, across tiles, and the others multiply.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,15 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.bit_fields import fields_of
+from pallas_kernels.hopper import MULTIPROCESSORS, SHARED_BYTES, WARPGROUP_ROWS, shared
 from pallas_kernels.interleaved_mxfp4 import CODES, FIELDS, PRODUCT_SCALE, WIDTH
-from pallas_kernels.mosaic_decode import decode_registers, shared
+from pallas_kernels.mosaic_decode import decode_registers
 from pallas_kernels.mxfp4 import BLOCK
 from pallas_kernels.ragged_rows import ROW_ALIGNMENT, ragged_rows
 
-WARPGROUP_ROWS = 64
-"""Outputs of a warpgroup's weight tile: wgmma's rows."""
-MULTIPROCESSORS = 132
-"""Of an H100 and an H200."""
 MAX_TILE = 128
 
 
@@ -71,7 +69,7 @@ def interleaved_expert_mlp(
             f"hidden {hidden} must be a multiple of {2 * WIDTH}, and inner {inner} of {WIDTH}: expert slices that are "
             "narrower cannot be read in whole tiles"
         )
-    first, second = tilings or choose_tilings(ids.size, routed or experts, hidden, inner)
+    first, second = tilings or choose_tilings(ids.size, experts, routed or experts, hidden, inner)
     rows = ragged_rows(ids, experts, first.rows)
     tiles = rows.tile_expert, rows.tile_first, rows.tile_rows, rows.count
     at = jnp.asarray(layer, jnp.int32).reshape(1)
@@ -83,14 +81,18 @@ def interleaved_expert_mlp(
     return rows.combine(run(activated, *halves, experts=experts, swiglu=False, tiling=second), weights)
 
 
-def choose_tilings(pairs: int, routed: int, hidden: int, inner: int) -> tuple[Tiling, Tiling]:
-    """Tilings for the two matmuls of `pairs` rows, spread evenly over `routed` experts."""
+def choose_tilings(pairs: int, experts: int, routed: int, hidden: int, inner: int) -> tuple[Tiling, Tiling]:
+    """Tilings for the two matmuls of `pairs` rows, spread evenly over `routed` experts of which `experts` are here.
+
+    Two warpgroups multiply, but one where tiles of two would leave half of the multiprocessors idle.
+    """
     rows = ROW_ALIGNMENT
     while rows < MAX_TILE and rows * routed < pairs:
         rows *= 2
+    used = min(experts, math.ceil(pairs * experts / routed))  # experts that have rows, at most
 
     def tiling(outputs: int, inputs: int) -> Tiling:
-        warpgroups = 2 if outputs % (4 * WARPGROUP_ROWS) == 0 else 1
+        warpgroups = 2 if used * outputs // (4 * WARPGROUP_ROWS) > MULTIPROCESSORS // 2 else 1
         blocks = 2 if rows < MAX_TILE and inputs % (2 * WIDTH) == 0 else 1
         return Tiling(rows, warpgroups, blocks, _stages(rows, warpgroups, blocks))
 
@@ -101,7 +103,7 @@ def _stages(rows: int, warpgroups: int, blocks: int) -> int:
     """As many stages as shared memory holds beside the results; more than six gain nothing."""
     outputs = 2 * warpgroups * WARPGROUP_ROWS
     stage = blocks * WIDTH * (outputs // 2 + rows * 2) + blocks * CODES * outputs
-    return min(6, (225 * 1024 - rows * outputs * 2) // stage)
+    return min(6, (SHARED_BYTES - rows * outputs * 2) // stage)
 
 
 def _flat(words: jax.Array, pair: int, outputs: int) -> jax.Array:
