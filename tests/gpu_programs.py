@@ -4,6 +4,7 @@ import ctypes
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,8 +32,26 @@ class Program:
 
     hlo: str
     report: str
-    """PTX of its Pallas kernels, and what ptxas says of them."""
+    """PTX and machine code of its Pallas kernels, and what ptxas says of them."""
     kernels: list[Kernel]
+    temporary_bytes: int
+
+    def loops(self, kernel: str) -> list[Counter[str]]:
+        """Instructions, by the first part of their names, of a kernel's loops that have wgmmas, the smallest first."""
+        [body] = re.findall(rf"^\.text\.{kernel}\w*:\n(.*?)(?=^//-|\Z)", self.report, re.DOTALL | re.MULTILINE)
+        instructions: list[str] = []
+        labels: dict[str, int] = {}
+        found: list[Counter[str]] = []
+        for label, instruction in re.findall(r"^(?:\.(L_x_\d+):|\s+/\*[0-9a-f]{4,}\*/\s+(.*?);)", body, re.MULTILINE):
+            if label:
+                labels[label] = len(instructions)
+                continue
+            instructions.append(re.sub(r"^@!?U?P\w+\s+", "", instruction))
+            back = re.match(r"BRA\b.*\.(L_x_\d+)", instructions[-1])
+            if back and back[1] in labels:
+                within = Counter(re.split(r"[.\s]", i)[0] for i in instructions[labels[back[1]] :])
+                found += [within] if within["HGMMA"] else []
+        return sorted(found, key=Counter.total)
 
 
 @cache
@@ -51,7 +70,7 @@ def compile_for_h200(function: Callable[..., Any], *shapes: tuple[tuple[int, ...
     where = jax.sharding.SingleDeviceSharding(h200())
     arrays = [None if shape is None else jax.ShapeDtypeStruct(*shape, sharding=where) for shape in shapes]
     with tempfile.TemporaryFile() as file:
-        with _printing_to(file, "MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS"):
+        with _printing_to(file, "MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_SASS"):
             # tests compile for speed of compilation, which is not what is looked at here
             done = jax.jit(function).lower(*arrays).compile({"xla_backend_optimization_level": 3})
         file.seek(0)
@@ -65,7 +84,9 @@ def compile_for_h200(function: Callable[..., Any], *shapes: tuple[tuple[int, ...
         )
     ]
     assert kernels, f"no kernel was assembled:\n{printed[-2000:]}"
-    return Program(done.as_text() or "", printed, kernels)
+    memory = done.memory_analysis()
+    assert memory is not None
+    return Program(done.as_text() or "", printed, kernels, memory.temp_size_in_bytes)
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def choose_tilings(pairs: int, experts: int, routed: int, hidden: int, inner: in
 
     def tiling(outputs: int, inputs: int) -> Tiling:
         warpgroups = 2 if used * outputs // (4 * WARPGROUP_ROWS) > MULTIPROCESSORS // 2 else 1
-        blocks = 2 if rows < MAX_TILE and inputs % (2 * WIDTH) == 0 else 1
+        blocks = 2 if rows < MAX_TILE // 2 and inputs % (2 * WIDTH) == 0 else 1  # as many operands as registers hold
         return Tiling(rows, warpgroups, blocks, _stages(rows, warpgroups, blocks))
 
     return tiling(2 * inner, hidden), tiling(hidden, inner)
