@@ -170,9 +170,9 @@ SCHEDULING = (
         "--rounds-per-dispatch",
         "--num-continuous-decode-steps",
         type=positive,
-        default=1,
+        default=2,
         metavar="N",
-        help="rounds the device runs before the host looks at their tokens and new requests may join (default: 1)",
+        help="rounds the device runs before the host looks at their tokens and new requests may join (default: 2)",
     ),
     mapped(
         "--schedule-policy",

@@ -101,6 +101,7 @@ def test_defaults_serve_the_small_model(capsys):
     assert (resolved["model_path"], resolved["served_model_name"]) == (str(NANO), "nano")
     assert (resolved["max_running_requests"], resolved["max_queued_requests"]) == (8, 64)
     assert (resolved["context_length"], resolved["verify_length"], resolved["dtype"]) == (4096, 8, "auto")
+    assert resolved["rounds_per_dispatch"] == 2
     assert (resolved["host"], resolved["grpc_port"], resolved["http_port"]) == ("127.0.0.1", 30000, 30001)
     assert "complete by their headers" in err
     assert "no effect" not in err
