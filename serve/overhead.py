@@ -1,20 +1,18 @@
 """`mimo-serve overhead`: what serving costs on this machine, against offline decoding and in host time."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.table import Table
 
-from mimo_jax.arguments import output_file, positive, positives
-from mimo_jax.evaluation.machine import this_machine
+from mimo_jax.arguments import positive, positives
+from mimo_jax.evaluation.reporting import check_outputs, report
 from mimo_jax.evaluation.tables import spread
 from mimo_jax.exit_status import exit_status
-from mimo_jax.progress import counting_bar, output_console
+from mimo_jax.progress import counting_bar
 from serve.bench_client import Ask
 from serve.flags import parse
 from serve.local_server import client_process
@@ -31,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _offline(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
-    _checked(arguments.json)
+    check_outputs(arguments.json)
     served = parse(flags, "mimo-serve overhead offline")
     if served.device is not None:
         jax.config.update("jax_platforms", served.device)
@@ -40,12 +38,18 @@ def _offline(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
     with client_process() as client, counting_bar("pairs", arguments.runs) as advance:
         found = compare(client, options, ask, runs=arguments.runs, progress=advance)
     more = f"{options.served_model_name}, {options.rounds_per_dispatch} rounds a dispatch"
-    _report([_comparison(found)], {"offline": found.as_json(), "server": options.as_json()}, more, arguments.json)
+    report(
+        "mimo-serve",
+        [_comparison(found)],
+        {"offline": found.as_json(), "server": options.as_json()},
+        more,
+        arguments.json,
+    )
     return 0
 
 
 def _host(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
-    _checked(arguments.json)
+    check_outputs(arguments.json)
     if flags:
         raise ValueError(f"unknown argument {flags[0]}: only `overhead offline` takes the server's flags")
     cases = [(n, step) for step in arguments.step_milliseconds for n in arguments.streams]
@@ -57,25 +61,8 @@ def _host(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
             )
             found.append(cost)
     more = f"{arguments.rounds} rounds of every stream, {arguments.runs} runs"
-    _report([_costs(found)], {"host": [cost.as_json() for cost in found]}, more, arguments.json)
+    report("mimo-serve", [_costs(found)], {"host": [cost.as_json() for cost in found]}, more, arguments.json)
     return 0
-
-
-def _checked(out: Path | None) -> None:
-    """Raise before the work begins if results cannot be written."""
-    if out is not None:
-        output_file(out)
-
-
-def _report(shown: Sequence[Table], results: dict[str, Any], more: str, out: Path | None) -> None:
-    machine = this_machine()
-    console = output_console()
-    console.print(", ".join([machine["device"], f"jax {machine['jax']}", machine["date"], more]))
-    for table in shown:
-        console.print(table)
-    if out is not None:
-        whole = {"machine": machine, "command": ["mimo-serve", *sys.argv[1:]], **results}
-        out.write_text(json.dumps(whole, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def _comparison(found: Comparison) -> Table:

@@ -55,19 +55,19 @@ class Program:
 
 
 @cache
-def h200() -> jax.Device:
-    """An H200 to compile for."""
+def h200s(nodes: int = 1, on_each: int = 1) -> list[jax.Device]:
+    """H200s to compile for."""
     described = topologies.get_topology_desc(
         platform="cuda",
         target_config=(Path(__file__).parent / "targets" / "h200.txtpb").read_text(),
-        topology="1x1x1",
+        topology=f"1x{nodes}x{on_each}",
     )
-    return described.devices[0]
+    return list(described.devices)
 
 
 def compile_for_h200(function: Callable[..., Any], *shapes: tuple[tuple[int, ...], Any] | None) -> Program:
     """Compile a function of arrays of these shapes and dtypes, or None, for one H200."""
-    where = jax.sharding.SingleDeviceSharding(h200())
+    where = jax.sharding.SingleDeviceSharding(h200s()[0])
     arrays = [None if shape is None else jax.ShapeDtypeStruct(*shape, sharding=where) for shape in shapes]
     with tempfile.TemporaryFile() as file:
         with _printing_to(file, "MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_SASS"):

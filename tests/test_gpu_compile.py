@@ -2,11 +2,9 @@
 
 import time
 from collections import Counter
-from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 
 from mimo_jax.abstract import abstract_model
 from mimo_jax.backbone import runs
@@ -15,6 +13,7 @@ from mimo_jax.request import SamplingParams, batch_requests
 from mimo_jax.speculative import PromptChunk, decode, prefill
 from sharding.compiled import collectives
 from sharding.topology import Topology
+from tests.gpu_programs import h200s
 
 pytestmark = pytest.mark.gpu_compile
 
@@ -26,13 +25,8 @@ BATCH, CAPACITY = 2, 4096
 
 def model_of(topology):
     """The release on GPUs of one node or of two."""
-    described = topologies.get_topology_desc(
-        platform="cuda",
-        target_config=(Path(__file__).parent / "targets" / "h200.txtpb").read_text(),
-        topology=f"1x{topology.tensor_parallel // 8}x8",
-    )
     config, drafter = PRESETS["mimo-v2.5-pro"].configs()
-    return abstract_model(config, drafter, "bfloat16", topology, topology.mesh(list(described.devices)))
+    return abstract_model(config, drafter, "bfloat16", topology, topology.mesh(h200s(topology.tensor_parallel // 8, 8)))
 
 
 def compiled(model, program, *arguments, **statics):

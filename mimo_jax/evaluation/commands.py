@@ -1,25 +1,19 @@
 """What `mimo-jax bench` and `mimo-jax eval` do, one function each, given parsed arguments."""
 
 import argparse
-import json
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import jax
-from rich.table import Table
 
-from mimo_jax.arguments import load_generator, load_options, output_file
+from mimo_jax.arguments import load_generator, load_options
 from mimo_jax.devices import known_devices
 from mimo_jax.evaluation import pictures, tables
 from mimo_jax.evaluation.acceptance import measure
 from mimo_jax.evaluation.bench import as_json, bench_context, bench_decode
 from mimo_jax.evaluation.compiling import bench_compile
 from mimo_jax.evaluation.loading import bench_load
-from mimo_jax.evaluation.machine import this_machine
 from mimo_jax.evaluation.prompts import load
 from mimo_jax.evaluation.quality import compare_exact, compare_perplexity, exact_answers, losses
+from mimo_jax.evaluation.reporting import check_outputs, report
 from mimo_jax.evaluation.scenarios import SCENARIOS, held_out_texts, prompts
 from mimo_jax.evaluation.shard import bench_shard, random_model, share
 from mimo_jax.evaluation.speed import compare_speed
@@ -27,13 +21,13 @@ from mimo_jax.generate import Generator
 from mimo_jax.plan import default_topology
 from mimo_jax.plan_report import topology_words
 from mimo_jax.presets import PRESETS
-from mimo_jax.progress import counting_bar, loading_bar, output_console, require_matplotlib
+from mimo_jax.progress import counting_bar, loading_bar
 from mimo_jax.request import SamplingParams
 
 
 def bench_decode_command(arguments: argparse.Namespace) -> None:
     """`mimo-jax bench decode`."""
-    _checked(arguments.json)
+    check_outputs(arguments.json)
     model = load_generator(arguments).model
     wanted = {"batch": arguments.batch, "runs": arguments.runs}
     tokens = {"prompt_tokens": arguments.prompt_tokens, "new_tokens": arguments.new_tokens}
@@ -42,12 +36,12 @@ def bench_decode_command(arguments: argparse.Namespace) -> None:
     timed = [bench_context(model, context=c, **wanted) for c in arguments.contexts]
     shown = [tables.decode(decoded)] + ([tables.context(timed, model)] if timed else [])
     results = {"decode": as_json(decoded), "context": as_json(timed)}
-    _report(shown, results, f"{model.dtype}, batch {arguments.batch}", arguments.json)
+    report("mimo-jax", shown, results, f"{model.dtype}, batch {arguments.batch}", arguments.json)
 
 
 def bench_scenarios(arguments: argparse.Namespace) -> None:
     """`mimo-jax bench scenarios`."""
-    _checked(arguments.json)
+    check_outputs(arguments.json)
     generator = load_generator(arguments)
     params = SamplingParams(max_new_tokens=arguments.max_new_tokens)
     asked = _asked(generator, arguments)
@@ -57,20 +51,24 @@ def bench_scenarios(arguments: argparse.Namespace) -> None:
             compare_speed(generator, name, ids, params, runs=arguments.runs, progress=advance)
             for name, ids in asked.items()
         ]
-    _report([tables.speed(found)], {"speed": [r.as_json() for r in found]}, "greedy, batch 1", arguments.json)
+    report(
+        "mimo-jax", [tables.speed(found)], {"speed": [r.as_json() for r in found]}, "greedy, batch 1", arguments.json
+    )
 
 
 def bench_load_command(arguments: argparse.Namespace) -> None:
     """`mimo-jax bench load`."""
-    _checked(arguments.json)
+    check_outputs(arguments.json)
     with loading_bar() as progress:
         found = bench_load(arguments.model, load_options(arguments), runs=arguments.runs, progress=progress)
-    _report([tables.loading(found)], {"load": [r.as_json() for r in found]}, "page cache warm", arguments.json)
+    report(
+        "mimo-jax", [tables.loading(found)], {"load": [r.as_json() for r in found]}, "page cache warm", arguments.json
+    )
 
 
 def bench_shard_command(arguments: argparse.Namespace) -> None:
     """`mimo-jax bench shard`."""
-    _checked(arguments.json)
+    check_outputs(arguments.json)
     config, drafter = share(*PRESETS[arguments.preset].configs(), arguments.devices)
     here = jax.devices()[0]
     dtype = "float32" if here.platform == "cpu" else "bfloat16"
@@ -83,20 +81,20 @@ def bench_shard_command(arguments: argparse.Namespace) -> None:
             found.append(result)
             advance(1)
     more = f"1/{arguments.devices} of {arguments.preset}, {dtype}"
-    _report([tables.shard(found)], {"shard": [r.as_json() for r in found]}, more, arguments.json)
+    report("mimo-jax", [tables.shard(found)], {"shard": [r.as_json() for r in found]}, more, arguments.json)
 
 
 def bench_compile_command(arguments: argparse.Namespace) -> None:
     """`mimo-jax bench compile`."""
-    _checked(arguments.json)
+    check_outputs(arguments.json)
     found = bench_compile(arguments.preset, arguments.devices, runs=arguments.runs)
     named = f"{arguments.preset} on {arguments.devices} devices: {topology_words(default_topology(arguments.devices))}"
-    _report([tables.compiling(found)], {"compile": [r.as_json() for r in found]}, named, arguments.json)
+    report("mimo-jax", [tables.compiling(found)], {"compile": [r.as_json() for r in found]}, named, arguments.json)
 
 
 def eval_acceptance(arguments: argparse.Namespace) -> None:
     """`mimo-jax eval acceptance`."""
-    _checked(arguments.json, arguments.picture)
+    check_outputs(arguments.json, arguments.picture)
     generator = load_generator(arguments)
     asked = _asked(generator, arguments)
     found = []
@@ -105,8 +103,12 @@ def eval_acceptance(arguments: argparse.Namespace) -> None:
             params = SamplingParams(max_new_tokens=arguments.max_new_tokens, temperature=temperature)
             for name, ids in asked.items():
                 found.append(measure(generator, name, ids, params, batch=arguments.batch, progress=advance))
-    _report(
-        [tables.acceptance(found)], {"acceptance": [r.as_json() for r in found]}, generator.model.dtype, arguments.json
+    report(
+        "mimo-jax",
+        [tables.acceptance(found)],
+        {"acceptance": [r.as_json() for r in found]},
+        generator.model.dtype,
+        arguments.json,
     )
     if arguments.picture:
         pictures.acceptance(found, arguments.picture)
@@ -114,7 +116,7 @@ def eval_acceptance(arguments: argparse.Namespace) -> None:
 
 def eval_quality(arguments: argparse.Namespace) -> None:
     """`mimo-jax eval quality`."""
-    _checked(arguments.json, arguments.picture)
+    check_outputs(arguments.json, arguments.picture)
     both = [Generator.load(folder, drafter="none") for folder in (arguments.against, arguments.model)]
     tokenizer = both[0].tokenizer
     if any(tokenizer.encode(text) != both[1].tokenizer.encode(text) for text in ("Once upon a time", "x = 1")):
@@ -128,7 +130,7 @@ def eval_quality(arguments: argparse.Namespace) -> None:
     found = [compare_perplexity(f"perplexity, {name}", first, second) for name, (first, second) in lost.items()]
     found += [compare_exact(f"exact answers, {name}", first, second) for name, (first, second) in right.items()]
     named = f"{arguments.model} against {arguments.against}"
-    _report([tables.quality(found)], {"quality": [r.as_json() for r in found]}, named, arguments.json)
+    report("mimo-jax", [tables.quality(found)], {"quality": [r.as_json() for r in found]}, named, arguments.json)
     if arguments.picture:
         pictures.quality(found, arguments.picture)
 
@@ -136,24 +138,3 @@ def eval_quality(arguments: argparse.Namespace) -> None:
 def _asked(generator: Generator, arguments: argparse.Namespace) -> dict[str, list[list[int]]]:
     names = dict.fromkeys(arguments.scenario or SCENARIOS)
     return {name: prompts(generator.tokenizer, name)[: arguments.prompts] for name in names}
-
-
-def _checked(results: Path | None, picture: Path | None = None) -> None:
-    """Raise before the work begins if what was asked for cannot be written."""
-    for path in (results, picture):
-        if path is not None:
-            output_file(path)
-    if picture is not None:
-        require_matplotlib()
-
-
-def _report(shown: Sequence[Table], results: dict[str, Any], more: str, out: Path | None) -> None:
-    """Print tables under a line that says what they were measured on, and write the results as JSON."""
-    machine = this_machine()
-    console = output_console()
-    console.print(", ".join([machine["device"], f"jax {machine['jax']}", machine["date"], more]))
-    for table in shown:
-        console.print(table)
-    if out is not None:
-        whole = {"machine": machine, "command": ["mimo-jax", *sys.argv[1:]], **results}
-        out.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")

@@ -75,8 +75,8 @@ def interleaved_expert_mlp(
     at = jnp.asarray(layer, jnp.int32).reshape(1)
     run = partial(paired_matmul, layer=at, tiles=tiles, interpret=interpret)
 
-    gate_up = _flat(gate_up_words, 2, inner), gate_up_scales.reshape(-1, hidden // WIDTH, CODES, inner)
-    halves = _flat(down_words, 2, hidden // 2), down_scales.reshape(-1, inner // WIDTH, CODES, hidden)
+    gate_up = _flat(gate_up_words, inner), gate_up_scales.reshape(-1, hidden // WIDTH, CODES, inner)
+    halves = _flat(down_words, hidden // 2), down_scales.reshape(-1, inner // WIDTH, CODES, hidden)
     activated = run(rows.gather(x), *gate_up, experts=experts, swiglu=True, tiling=first)
     return rows.combine(run(activated, *halves, experts=experts, swiglu=False, tiling=second), weights)
 
@@ -106,8 +106,8 @@ def _stages(rows: int, warpgroups: int, blocks: int) -> int:
     return min(6, (SHARED_BYTES - rows * outputs * 2) // stage)
 
 
-def _flat(words: jax.Array, pair: int, outputs: int) -> jax.Array:
-    """[layers * experts * pair, outputs, inputs / 4]: no more axes than a TMA copy has."""
+def _flat(words: jax.Array, outputs: int) -> jax.Array:
+    """[layers * experts * 2, outputs, inputs / 4]: no more axes than a TMA copy has."""
     return words.reshape(-1, outputs, words.shape[-1])
 
 
