@@ -37,9 +37,9 @@ def case(request):
     ids = rng.integers(0, 61, (2, LENGTH)).astype(np.int32)
     backbone = models.backbone.bind(params.backbone)
     cache = backbone_cache(config, 2, 0, 1, "float32")
-    captured = backbone(jnp.asarray(ids), cache, drafter_config.target_layer_ids).captured
+    seen = backbone(jnp.asarray(ids), cache, drafter_config.target_layer_ids)
     anchors = np.array([[0, 1, 7, 20, 33, 39], [2, 9, 10, 11, 31, 36]], np.int32)
-    flat = np.asarray(captured).reshape(2, LENGTH, -1)
+    flat = np.asarray(seen.captured).reshape(2, LENGTH, -1)
     logits = np.stack(
         [
             score_draft(model, flat, ids[np.arange(2), anchors[:, n]], anchors[:, n])["logits"]
@@ -47,36 +47,47 @@ def case(request):
         ],
         axis=1,
     )  # [batch, blocks, block, vocab]
-    return models, params, ids, captured, anchors, logits
+    return models, params, ids, seen, anchors, logits, np.asarray(backbone.logits(seen.hidden))
 
 
-def losses(logits, ids, answer, anchors, drawn, gamma):
-    """The loss as its definition has it, block by block and row by row."""
+def log_softmax(logits):
     logits = np.asarray(logits, np.float64)
-    log_q = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
-    log_q -= logits.max(-1, keepdims=True)
-    total = weights = 0.0
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def losses(loss, logits, teacher, ids, answer, anchors, drawn, gamma):
+    """The loss as its definition has it, block by block and row by row."""
+    log_q, p = log_softmax(logits), np.exp(log_softmax(teacher))
+    total = divisor = 0.0
     for b, n in np.ndindex(anchors.shape):
+        labelled = [drawn[b, n] and at < LENGTH and answer[b, at] for at in range(anchors[b, n], anchors[b, n] + 8)]
+        own = [ids[b, min(anchors[b, n] + r, LENGTH - 1)] for r in range(8)]
+        stands = [0.5 * np.exp(log_q[b, n, r, own[r]]) + 0.5 if labelled[r] else 0.0 for r in range(1, 8)]
+        gains = [np.cumprod(stands)[r - 1 :].sum() for r in range(1, 8)]
+        divisor += any(labelled[1:]) if loss == "d-pace" else 0.0
         for r in range(1, 8):
-            at = anchors[b, n] + r
-            if drawn[b, n] and at < LENGTH and answer[b, at]:
-                w = np.exp(-(r - 1) / gamma)
-                total -= w * log_q[b, n, r, ids[b, at]]
-                weights += w
-    return total / weights
+            if labelled[r]:
+                w = gains[r - 1] if loss == "d-pace" else np.exp(-(r - 1) / gamma)
+                # the backbone's distribution at the position before is that of the row's token
+                wanted = p[b, anchors[b, n] + r - 1] if loss == "kd" else np.eye(61)[own[r]]
+                total -= w * wanted @ log_q[b, n, r]
+                divisor += w if loss != "d-pace" else 0.0
+    return total / divisor
 
 
-@pytest.mark.parametrize(("gamma", "at_once"), [(7.0, 128), (4.0, 5)])
-def test_the_loss_is_that_of_the_blocks_that_decoding_fills(case, rng, gamma, at_once):
+@pytest.mark.parametrize(("loss", "gamma", "at_once"), [("hard", 4.0, 5), ("kd", 7.0, 128), ("d-pace", 7.0, 5)])
+def test_the_loss_is_that_of_the_blocks_that_decoding_fills(case, rng, loss, gamma, at_once):
     """Labels at the rows' own positions, context strictly before the anchor, one global normalisation."""
-    models, params, ids, captured, anchors, logits = case
+    models, params, ids, seen, anchors, logits, teacher = case
     answer, drawn = rng.random((2, LENGTH)) < 0.7, rng.random(anchors.shape) < 0.8
     optimizer = make_optimizer(models.drafter.axes, OptimizerConfig(), 10)
-    trainer = DrafterTrainer(models.backbone, models.drafter, optimizer, gamma=gamma, blocks_at_once=at_once)
+    trainer = DrafterTrainer(models.backbone, models.drafter, optimizer, loss=loss, gamma=gamma, blocks_at_once=at_once)
     backbone = models.backbone.bind(params.backbone)
     given = map(jnp.asarray, (ids, answer, anchors, drawn))
-    loss, metrics = block_loss(trainer, backbone, params.drafter, captured, *given)
-    np.testing.assert_allclose(loss, losses(logits, ids, answer, anchors, drawn, gamma), rtol=1e-5)
+    value, metrics = block_loss(trainer, backbone, params.drafter, seen.captured, seen.hidden, *given)
+    expected = losses(loss, logits, teacher, ids, answer, anchors, drawn, gamma)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
     best = logits.argmax(-1)
     right = [
         [best[b, n, r] == ids[b, anchors[b, n] + r] and answer[b, anchors[b, n] + r] for r in range(1, 8)]

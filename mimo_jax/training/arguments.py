@@ -2,9 +2,11 @@
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from mimo_jax.arguments import positive
 from mimo_jax.presets import PRESETS
+from mimo_jax.training.block_losses import Loss
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
@@ -70,7 +72,17 @@ def _drafter(steps: argparse._SubParsersAction) -> None:
     parser.add_argument("--answers", type=Path, required=True, metavar="FILE", help="from `mimo-jax train regenerate`")
     parser.add_argument("--anchors", type=positive, default=512, metavar="N", help="blocks a step (default: 512)")
     parser.add_argument(
-        "--gamma", type=float, default=7.0, help="decay of the weights in a block (default: 7, the release's)"
+        "--loss",
+        choices=get_args(Loss),
+        default="hard",
+        help="hard: against the answers' tokens (default); kd: against the backbone's distribution; d-pace: the "
+        "tokens again, weighed by what a row adds to the accepted length",
+    )
+    parser.add_argument(
+        "--gamma",
+        type=float,
+        default=7.0,
+        help="decay of the weights in a block, but for d-pace (default: 7, the release's)",
     )
     _run(parser, batch=8, length=512, steps=1000, rate=2e-3)
     parser.set_defaults(handler="mimo_jax.training.commands:train_drafter")

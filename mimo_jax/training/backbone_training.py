@@ -40,8 +40,8 @@ def next_token_loss(trainer: BackboneTrainer, params: Params, ids: jax.Array) ->
     cache = backbone_cache(backbone.config, ids.shape[0], 0, 1, "float32")
     hidden = backbone(ids[:, :-1], cache).hidden
     labels = ids[:, 1:].reshape(-1)
-    scores = cross_entropy(backbone.logits, hidden.reshape(labels.size, -1), labels, jnp.ones(labels.shape))
-    return scores.loss / scores.weight, jnp.mean(scores.correct.astype(jnp.float32))
+    scores = cross_entropy(backbone.logits, hidden.reshape(labels.size, -1), labels)
+    return jnp.mean(scores.loss), jnp.mean(scores.correct.astype(jnp.float32))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)

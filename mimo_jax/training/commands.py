@@ -38,6 +38,8 @@ from mimo_jax.training.tokens import Conversation, Tokens, tokenize
 
 _LEARNT_FROM = 4000  # documents that a tokenizer learns its merges from
 
+_OF_DRAFTERS = ("anchors", "loss", "gamma")
+
 _ASKED = {"web": 0.7, "math": 2.5, "code": 2.0, "library": 0.3, "chat": 2.0, "edits": 2.5, "drills": 0.5}
 """How often a drafter's answers are of each source: no more than a few drills, which are there to pretrain on."""
 
@@ -128,9 +130,10 @@ def train_drafter(arguments: argparse.Namespace) -> None:
         drafter,
         make_optimizer(drafter.axes, optimizer, arguments.steps),
         anchors=arguments.anchors,
+        loss=arguments.loss,
         gamma=arguments.gamma,
     )
-    settings = {"model": _named(arguments.model), "anchors": arguments.anchors, "gamma": arguments.gamma}
+    settings = {"model": _named(arguments.model)} | {name: getattr(arguments, name) for name in _OF_DRAFTERS}
     run = Run(arguments.out, settings | _settings(arguments, optimizer, answers))
     params = initial_params(drafter, config.num_layers, arguments.seed)
     params["mask_embedding"] = jnp.mean(model.params.backbone["embedding"], axis=0)

@@ -16,7 +16,7 @@ from mimo_jax.backbone import Backbone
 from mimo_jax.cache import SequenceKV, backbone_cache
 from mimo_jax.drafter import Drafter
 from mimo_jax.params import Declared, Params
-from mimo_jax.training.objective import cross_entropy
+from mimo_jax.training.block_losses import Loss, score_blocks
 from mimo_jax.training.optimizers import TrainState, descend
 
 
@@ -29,6 +29,7 @@ class DrafterTrainer:
     optimizer: optax.GradientTransformation
     anchors: int = 512
     """Blocks a step, equally many in each sequence."""
+    loss: Loss = "hard"
     gamma: float = 7.0
     """Row r of a block weighs exp(-(r - 1) / gamma); 7 is the release's figure, 4 the paper's for blocks of 8."""
     blocks_at_once: int = 128
@@ -61,18 +62,20 @@ def block_loss(
     backbone: Backbone,
     params: Params,
     captured: jax.Array,
+    final: jax.Array,
     ids: jax.Array,
     answer: jax.Array,
     anchors: jax.Array,
     drawn: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted mean cross-entropy of the rows of all blocks.
+    """Weighted mean loss of the rows of all blocks.
 
     Args:
         trainer: Settings.
         backbone: Bound; its embedding and head are used.
         params: The drafter's.
         captured: [batch, length, captured layers, hidden] features.
+        final: [batch, length, hidden]: the backbone's last hidden states, which its logits are made of.
         ids: [batch, length] int32.
         answer: [batch, length] bool; rows whose label is no answer, or lies beyond the sequence, weigh nothing.
         anchors: [batch, blocks] int32.
@@ -86,7 +89,6 @@ def block_loss(
     context = SequenceKV(*drafter.context(captured, jnp.zeros(batch, jnp.int32)))
 
     rows = jnp.arange(config.block_size, dtype=jnp.int32)[1:]
-    weights = jnp.exp(-(rows - 1).astype(jnp.float32) / trainer.gamma)
     blocks = anchors.shape[1]
     size = min(max(1, trainer.blocks_at_once // batch), blocks)
     chunks = -(-blocks // size)
@@ -105,19 +107,21 @@ def block_loss(
         at = anchor[:, None] + rows  # labels stand at the rows' own positions
         inside = jnp.minimum(at, length - 1)
         labelled = counts[:, None] & (at < length) & answer[row[:, None], inside]
-        labels, weight = ids[row[:, None], inside], jnp.where(labelled, weights, 0.0)
-        scores = cross_entropy(backbone.head, hidden.reshape(labels.size, -1), labels.reshape(-1), weight.reshape(-1))
-        right = scores.correct.reshape(labels.shape) & labelled
+        labels, before = ids[row[:, None], inside], final[row[:, None], inside - 1]
+        scores = score_blocks(
+            trainer.loss, trainer.gamma, backbone.head, hidden, labels, labelled, backbone.logits, before
+        )
+        right = scores.correct
         prefix = jnp.cumprod(right.astype(jnp.int32), axis=1)
-        new = (scores.loss, scores.weight, jnp.sum(right, 0), jnp.sum(labelled, 0), jnp.sum(prefix), jnp.sum(counts))
+        new = (scores.loss, scores.total, jnp.sum(right, 0), jnp.sum(labelled, 0), jnp.sum(prefix), jnp.sum(counts))
         return jax.tree.map(jnp.add, sums, tuple(jnp.asarray(n, jnp.float32) for n in new)), None
 
     zero, by_row = jnp.zeros((), jnp.float32), jnp.zeros(rows.size, jnp.float32)
     sums, _ = jax.lax.scan(some_blocks, (zero, zero, by_row, by_row, zero, zero), (cut(anchors), cut(drawn)))
-    loss, weight, right, labelled, prefix, counted = sums
+    loss, total, right, labelled, prefix, counted = sums
     accuracy = right / jnp.maximum(labelled, 1.0)
     metrics = {f"accuracy_{r + 1}": accuracy[r] for r in range(rows.size)}
-    return loss / jnp.maximum(weight, 1e-9), metrics | {"accepted_length": 1.0 + prefix / jnp.maximum(counted, 1.0)}
+    return loss / jnp.maximum(total, 1e-9), metrics | {"accepted_length": 1.0 + prefix / jnp.maximum(counted, 1.0)}
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -129,11 +133,11 @@ def drafter_step(
     ids, answer = batch["ids"], batch["answer"]
     cache = backbone_cache(backbone.config, ids.shape[0], 0, 1, "float32")
     capture = trainer.drafter.module.config.target_layer_ids
-    captured = jax.lax.stop_gradient(backbone(ids, cache, capture, batch["lengths"]).captured)
+    seen = jax.lax.stop_gradient(backbone(ids, cache, capture, batch["lengths"]))
     anchors, drawn = draw_anchors(key, answer, -(-trainer.anchors // ids.shape[0]))
 
     def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return block_loss(trainer, backbone, params, captured, ids, answer, anchors, drawn)
+        return block_loss(trainer, backbone, params, seen.captured, seen.hidden, ids, answer, anchors, drawn)
 
     (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
     return descend(trainer.optimizer, state, gradients), {"loss": value, **metrics}

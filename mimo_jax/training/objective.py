@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary, a chunk of rows at a time, so that logits never exist whole."""
+"""Losses of rows over a large vocabulary, a chunk of rows at a time, so that logits never exist whole."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,46 +6,68 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+Head = Callable[[jax.Array], jax.Array]
+"""Rows [n, hidden] to logits [n, vocab] float32."""
+
 
 class Scores(NamedTuple):
-    """Weighted sums over rows."""
+    """What each row gets."""
 
     loss: jax.Array
-    """Sum of weight * cross-entropy, float32."""
-    weight: jax.Array
-    """Sum of weights."""
+    """[rows] float32."""
     correct: jax.Array
     """[rows] bool: whether the best token is the label."""
 
 
-def cross_entropy(
-    head: Callable[[jax.Array], jax.Array], hidden: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int = 1024
-) -> Scores:
-    """Weighted cross-entropy of `head(hidden)` against labels; logits are made, and made again for the gradient.
+def cross_entropy(head: Head, hidden: jax.Array, labels: jax.Array, chunk: int = 1024) -> Scores:
+    """Cross-entropy of `head(hidden)` against labels; logits are made, and made again for the gradient.
 
     Args:
-        head: Rows [n, hidden] to logits [n, vocab] float32.
+        head: Makes logits.
         hidden: [rows, hidden].
         labels: [rows] int32.
-        weights: [rows] float32; rows of weight 0 count for nothing.
         chunk: Rows whose logits exist at a time.
     """
-    rows = labels.shape[0]
-    chunks = -(-rows // chunk)
-    pad = chunks * chunk - rows
 
-    def cut(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, chunk, *x.shape[1:])
-
-    @jax.checkpoint
-    def one(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]):
-        hidden, labels, weights = part
+    def one(hidden: jax.Array, labels: jax.Array) -> Scores:
         logits = head(hidden)
         picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-        loss = jax.nn.logsumexp(logits, axis=-1) - picked
-        correct = jnp.argmax(logits, axis=-1) == labels
-        return (sums[0] + jnp.sum(weights * loss), sums[1] + jnp.sum(weights)), correct
+        return Scores(jax.nn.logsumexp(logits, axis=-1) - picked, jnp.argmax(logits, axis=-1) == labels)
 
-    zero = jnp.zeros((), jnp.float32)
-    (loss, weight), correct = jax.lax.scan(one, (zero, zero), tuple(map(cut, (hidden, labels, weights))))
-    return Scores(loss, weight, correct.reshape(-1)[:rows])
+    return _in_chunks(one, chunk, hidden, labels)
+
+
+def distillation(
+    head: Head, hidden: jax.Array, labels: jax.Array, teacher: Head, seen: jax.Array, chunk: int = 1024
+) -> Scores:
+    """Cross-entropy of `head(hidden)` against the distribution of `teacher(seen)`, both made as in `cross_entropy`.
+
+    Args:
+        head: Makes logits.
+        hidden: [rows, hidden].
+        labels: [rows] int32; for `correct` only.
+        teacher: Makes the logits to follow, of which no gradient is taken.
+        seen: [rows, teacher's hidden].
+        chunk: Rows whose logits exist at a time.
+    """
+
+    def one(hidden: jax.Array, labels: jax.Array, seen: jax.Array) -> Scores:
+        logits = head(hidden)
+        wanted = jax.nn.softmax(jax.lax.stop_gradient(teacher(seen)), axis=-1)
+        loss = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(wanted * logits, axis=-1)
+        return Scores(loss, jnp.argmax(logits, axis=-1) == labels)
+
+    return _in_chunks(one, chunk, hidden, labels, seen)
+
+
+def _in_chunks(one: Callable[..., Scores], chunk: int, *rows: jax.Array) -> Scores:
+    """`one` applied to arrays [rows, ...], some rows at a time."""
+    count = rows[0].shape[0]
+    chunk = min(chunk, count)
+    chunks = -(-count // chunk)
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, chunks * chunk - count)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, chunk, *x.shape[1:])
+
+    found = jax.lax.map(jax.checkpoint(lambda part: one(*part)), tuple(map(cut, rows)))
+    return jax.tree.map(lambda x: x.reshape(-1)[:count], found)
