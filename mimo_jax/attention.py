@@ -6,10 +6,11 @@ All three read keys that are already committed to a cache, plus those of the row
 import jax
 from flax import nnx
 
-from mimo_jax.cache import PagedKV, RingKV, SequenceKV
+from mimo_jax.cache import Documents, PagedKV, RingKV, SequenceKV
 from mimo_jax.config import AttentionConfig
 from mimo_jax.layers import Layer, array, declare, linear, rope, weight
 from pallas_kernels.block_attention import block_attention
+from pallas_kernels.packed_attention import packed_attention
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.window_attention import window_attention
 from sharding.topology import Topology
@@ -57,7 +58,7 @@ class Attention(nnx.Module):
         q: jax.Array,
         kv: KV,
         layer: Layer,
-        cache: PagedKV | RingKV | SequenceKV,
+        cache: PagedKV | RingKV | SequenceKV | Documents,
         cache_layer: Layer,
         lengths: jax.Array,
         causal: bool = True,
@@ -68,7 +69,8 @@ class Attention(nnx.Module):
             q: [batch, rows, heads, qk_dim], rotated.
             kv: The rows' own keys and values.
             layer: This layer's row in the stacked parameters.
-            cache: Where committed keys lie. Of a `SequenceKV`, a batch of blocks reads the positions before each.
+            cache: Where committed keys lie. Of a `SequenceKV`, a batch of blocks reads the positions before each; with
+                `Documents` there are none, and rows see earlier ones of their own document.
             cache_layer: This layer's row in the cache.
             lengths: [batch] int32, committed positions; row r stands at position lengths + r.
             causal: Whether a row sees only itself and earlier rows of its block.
@@ -102,9 +104,12 @@ class Attention(nnx.Module):
                     cache.v,
                     *kv,
                     layer=cache_layer,
-                    anchors=lengths,
+                    anchors=cache.starts + lengths,
                     visible_keys=config.visible_keys,
                     causal=causal,
                     sink=sink,
+                    starts=cache.starts,
                 )
+            case Documents():
+                out = packed_attention(q, *kv, positions=cache.positions, visible_keys=config.visible_keys, sink=sink)
         return self.heads.sum(linear(out.reshape(*out.shape[:2], -1), weight(self.o, layer)))

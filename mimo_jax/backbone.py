@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.attention import KV, Attention
-from mimo_jax.cache import BackboneCache, PagedKV, RingKV
+from mimo_jax.cache import BackboneCache, Documents, PagedKV, RingKV
 from mimo_jax.config import AttentionKind, BackboneConfig, LayerKind
 from mimo_jax.layers import Layer, array, declare, linear, over_layers, rms_norm, swiglu, weight
 from mimo_jax.moe import MoE
@@ -98,13 +98,13 @@ class DecoderLayers(nnx.Module):
         self,
         x: jax.Array,
         layer: Layer,
-        cache: PagedKV | RingKV,
+        cache: PagedKV | RingKV | Documents,
         cache_layer: Layer,
         lengths: jax.Array,
         counts: jax.Array | None,
     ) -> tuple[jax.Array, KV]:
         """One layer over rows x [batch, rows, hidden]: the new residual stream, and the rows' keys and values."""
-        positions = lengths[:, None] + jnp.arange(x.shape[1])
+        positions = cache.positions if isinstance(cache, Documents) else lengths[:, None] + jnp.arange(x.shape[1])
         attention = self.attention
         n = rms_norm(x, array(self.attention_norm, layer), self.eps)
         q = attention.rotate(attention.queries(n, layer), positions)
@@ -136,7 +136,7 @@ class Backbone(nnx.Module):
     def __call__(
         self,
         tokens: jax.Array,
-        cache: BackboneCache,
+        cache: BackboneCache | Documents,
         capture: tuple[int, ...] = (),
         counts: jax.Array | None = None,
     ) -> BackboneOutput:
@@ -145,7 +145,7 @@ class Backbone(nnx.Module):
         Args:
             tokens: [batch, rows] int32; row r of sequence b stands at position `cache.lengths[b]` + r. Rows see the
                 committed positions and earlier rows, so rows after the valid ones of a sequence change nothing.
-            cache: Committed keys and values, and the lengths.
+            cache: Committed keys and values, and the lengths; or what documents the rows are of.
             capture: Numbers of the layers after which the residual stream is captured, increasing.
             counts: [batch] int32: how many rows of each sequence are wanted; default: all. What comes of those after
                 them means nothing, and no expert is read for them.
@@ -164,7 +164,9 @@ class Backbone(nnx.Module):
             kv={k: jax.tree.map(lambda *parts: jnp.concatenate(parts), *kvs) for k, kvs in new.items() if kvs},
         )
 
-    def _run(self, run: Run, x: jax.Array, cache: BackboneCache, counts: jax.Array | None) -> tuple[jax.Array, KV]:
+    def _run(
+        self, run: Run, x: jax.Array, cache: BackboneCache | Documents, counts: jax.Array | None
+    ) -> tuple[jax.Array, KV]:
         """Rows x through a run of layers: the new residual stream, and [layers of the run, batch, rows, ...] KV."""
         layers, committed = self.layers[run.kind.name], cache.kv[run.kind.attention]
 

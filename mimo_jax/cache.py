@@ -76,6 +76,27 @@ class SequenceKV:
     """[layers, batch, positions, kv_heads, qk_dim]."""
     v: jax.Array
     """[layers, batch, positions, kv_heads, v_dim]."""
+    starts: jax.Array | int = 0
+    """[blocks] int32, or one for all: where each block's document begins, from which its positions count."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Documents:
+    """What stands in for a cache where a row holds several documents, one after the other, and none sees another."""
+
+    positions: jax.Array
+    """[batch, rows] int32: where each row stands in its document."""
+
+    @property
+    def lengths(self) -> jax.Array:
+        """[batch] int32: nothing is committed."""
+        return jnp.zeros(self.positions.shape[0], jnp.int32)
+
+    @property
+    def kv(self) -> "dict[AttentionKind, Documents]":
+        """Alike for all kinds."""
+        return {"full": self, "swa": self}
 
 
 def _store(stored: jax.Array, at: tuple, rows: jax.Array) -> jax.Array:

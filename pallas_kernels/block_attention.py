@@ -23,6 +23,7 @@ def block_attention(
     visible_keys: int | None,
     causal: bool,
     sink: jax.Array | None,
+    starts: jax.Array | int = 0,
 ) -> jax.Array:
     """Attend from each block's rows to the positions before its anchor and to the block.
 
@@ -37,6 +38,7 @@ def block_attention(
         visible_keys: A query at position t sees keys after t - visible_keys, itself included; None: all.
         causal: Whether a row sees only itself and earlier rows of the block.
         sink: [heads] float32 or None: a logit per head that takes part in the softmax and has no value.
+        starts: [batch * blocks] int32, or one for all: positions before a block's are not its document's, and unseen.
 
     Returns:
         [batch * blocks, rows, heads, v_dim] in q's dtype; scores and softmax in float32.
@@ -56,9 +58,10 @@ def block_attention(
         return x.transpose(0, 3, 1, 2, 4, 5).reshape(-1, *x.shape[1:3], *x.shape[4:])
 
     row = jnp.arange(rows, dtype=jnp.int32)
-    at = anchors.reshape(batch, -1, 1)
+    at, begin = (x.reshape(batch, -1, 1) for x in (anchors, jnp.broadcast_to(starts, anchors.shape)))
     position = jnp.arange(positions, dtype=jnp.int32)
-    in_context = jnp.broadcast_to((position < at)[:, :, None], (*at.shape[:2], rows, positions))
+    before = (position >= begin) & (position < at)
+    in_context = jnp.broadcast_to(before[:, :, None], (*at.shape[:2], rows, positions))
     in_block = row <= row[:, None] if causal else jnp.ones((rows, rows), bool)
     if visible_keys is not None:
         in_context = in_context & ((at + row)[..., None] - position < visible_keys)

@@ -17,8 +17,9 @@ from mimo_jax.params import Declared
 from mimo_jax.request import SamplingParams
 from mimo_jax.speculative import ModelParams, Models
 from mimo_jax.training import TrainingError
+from mimo_jax.training.anchors import candidates, draw_anchors
 from mimo_jax.training.answers import Answers, read_answers
-from mimo_jax.training.drafter_training import DrafterTrainer, block_loss, drafter_step, draw_anchors
+from mimo_jax.training.drafter_training import DrafterTrainer, Text, block_loss, drafter_step
 from mimo_jax.training.initialization import initial_params
 from mimo_jax.training.optimizers import OptimizerConfig, make_optimizer
 from mimo_jax.training.regeneration import regenerate
@@ -84,8 +85,9 @@ def test_the_loss_is_that_of_the_blocks_that_decoding_fills(case, rng, loss, gam
     optimizer = make_optimizer(models.drafter.axes, OptimizerConfig(), 10)
     trainer = DrafterTrainer(models.backbone, models.drafter, optimizer, loss=loss, gamma=gamma, blocks_at_once=at_once)
     backbone = models.backbone.bind(params.backbone)
-    given = map(jnp.asarray, (ids, answer, anchors, drawn))
-    value, metrics = block_loss(trainer, backbone, params.drafter, seen.captured, seen.hidden, *given)
+    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ids.shape)
+    text = Text(*map(jnp.asarray, (ids, answer, positions)), seen.captured, seen.hidden)
+    value, metrics = block_loss(trainer, backbone, params.drafter, text, jnp.asarray(anchors), jnp.asarray(drawn))
     expected = losses(loss, logits, teacher, ids, answer, anchors, drawn, gamma)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     best = logits.argmax(-1)
@@ -106,8 +108,9 @@ def test_anchors_are_uniform_without_replacement():
     answer = np.zeros((3, 30), bool)
     answer[0, 5:20] = True
     answer[1, [3, 4, 9, 20, 21]] = True
-    draw = jax.jit(lambda key: draw_anchors(key, jnp.asarray(answer), 6))
-    candidates = [set(range(5, 19)), {3, 20}, set()]
+    positions = jnp.broadcast_to(jnp.arange(30, dtype=jnp.int32), answer.shape)
+    draw = jax.jit(lambda key: draw_anchors(key, candidates("random", 8, jnp.asarray(answer), positions), 6))
+    possible = [set(range(5, 19)), {3, 20}, set()]
     counts = np.zeros(30)
     for i in range(400):
         anchors, drawn = map(np.asarray, draw(jax.random.key(i)))
@@ -115,7 +118,7 @@ def test_anchors_are_uniform_without_replacement():
         for row in range(3):
             chosen = anchors[row][drawn[row]].tolist()
             assert len(set(chosen)) == len(chosen)
-            assert set(chosen) <= candidates[row]
+            assert set(chosen) <= possible[row]
         counts[anchors[0]] += 1
     expected = 400 * 6 / 14
     assert ((counts[5:19] - expected) ** 2 / expected).sum() < 40  # 14 cells; without replacement it is less
@@ -165,23 +168,34 @@ def test_regeneration_goes_on_where_it_was(tmp_path):
 
 
 def test_answers_in_rows(tmp_path):
-    """An answer a row, from its prompt on; every epoch has all, and batches are of as many tokens."""
+    """Whole answers from their prompts on, several a row; every epoch has all."""
     out = tmp_path / "answers.jsonl"
     pairs = [([n] * (1 + n), [n] * 9) for n in range(1, 60)] + [([60] * 3, [60] * 300)]
     out.write_text("".join(json.dumps({"prompt_ids": p, "answer_ids": a}) + "\n" for p, a in pairs))
     answers = Answers.read(out, 61)
+    steps = -(-sum(min(128, len(p) + len(a)) for p, a in pairs) // 256)  # so well do these fill their rows
     seen = [set(), set()]
-    for step in range(2 * 17):
+    for step in range(2 * steps):
         batch = answers.batch(step, 2, 128, seed=3)
-        assert batch["ids"].size == batch["answer"].size == 256
-        for ids, answer, length in zip(*batch.values(), strict=True):
-            n = ids[0]
-            prompt, answered = pairs[n - 1]
-            whole = (prompt + answered)[:128]
-            assert ids.tolist() == whole + [0] * (ids.size - length)
-            assert answer.tolist() == [len(prompt) <= i < len(whole) for i in range(ids.size)]
-            seen[step // 17].add(int(n))
+        assert {x.shape for x in batch.values()} == {(2, 128), (2,)}
+        for ids, answer, positions, length in zip(*batch.values(), strict=True):
+            at = 0
+            while at < length:
+                n = ids[at]
+                prompt, answered = pairs[n - 1]
+                whole = (prompt + answered)[:128]
+                here = slice(at, at + len(whole))
+                assert ids[here].tolist() == whole
+                assert answer[here].tolist() == [i >= len(prompt) for i in range(len(whole))]
+                assert positions[here].tolist() == list(range(len(whole)))
+                seen[step // steps].add(int(n))
+                at += len(whole)
+            assert at == length
+            assert not ids[at:].any()
+            assert not answer[at:].any()
+            assert not positions[at:].any()
     assert seen == [set(range(1, 61))] * 2
+    assert answers.batch(0, 2, 128, seed=3)["ids"].tolist() != answers.batch(steps, 2, 128, seed=3)["ids"].tolist()
     again = answers.batch(5, 2, 128, seed=3)
     np.testing.assert_array_equal(again["ids"], Answers.read(out, 61).batch(5, 2, 128, seed=3)["ids"])
 
@@ -209,7 +223,8 @@ def test_a_five_layer_drafter_needs_no_context_at_all(rng):
     answer = np.zeros((2, 9), bool)
     answer[0, :2] = True  # one candidate in one row, at its beginning
     ids = rng.integers(0, 61, (2, 9)).astype(np.int32)
-    batch = {"ids": ids, "answer": answer, "lengths": np.full(2, 9, np.int32)}
+    positions = np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9))
+    batch = {"ids": ids, "answer": answer, "positions": positions, "lengths": np.full(2, 9, np.int32)}
     state, metrics = drafter_step(trainer, state, batch, params.backbone, jax.random.key(0))
     assert np.isfinite(float(metrics["loss"]))
     assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(state.params))

@@ -8,6 +8,7 @@ import numpy as np
 from mimo_jax.evaluation.acceptance import RELEASE_CARD, Acceptance
 from mimo_jax.evaluation.quality import Comparison
 from mimo_jax.progress import drawing
+from mimo_jax.training.ablation_results import Effect
 
 
 def acceptance(results: Sequence[Acceptance], path: Path) -> None:
@@ -45,3 +46,20 @@ def quality(results: Sequence[Comparison], path: Path) -> None:
         axis.axvline(0, color="gray", linewidth=0.8)
         axis.set_yticks(rows, [r.name for r in results])
         axis.set_xlabel("change in percent, 95 % interval")
+
+
+def ablation(results: Sequence[Effect], path: Path) -> None:
+    """Changes of accepted length against the base, arm by arm, for every set of prompts beside the others."""
+    sets = list(dict.fromkeys(r.prompts for r in results))
+    with drawing(path, columns=len(sets)) as axes:
+        for axis, name in zip(axes, sets, strict=True):
+            shown = [r for r in results if r.prompts == name and r.change]
+            for row, r in enumerate(reversed(shown)):
+                axis.plot([r.change], [row], "o", color="C0")
+                if r.low is not None:
+                    axis.plot([r.low, r.high], [row, row], color="C0")
+            axis.axvline(0, color="gray", linewidth=0.8)
+            axis.set_yticks(range(len(shown)), [f"{r.arm} ({r.verify_length} verified)" for r in reversed(shown)])
+            base = next((r.accepted_length for r in results if r.prompts == name), float("nan"))
+            axis.set_title(f"{name} prompts; base {base:.2f}")
+            axis.set_xlabel("change of tokens a round, 95 % interval")

@@ -12,6 +12,7 @@ from mimo_jax.evaluation.quality import Comparison
 from mimo_jax.evaluation.shard import ShardResult
 from mimo_jax.evaluation.speed import Speedup
 from mimo_jax.model import Model
+from mimo_jax.training.ablation_results import Effect
 
 
 def spread(spread: Spread | None, digits: int = 1) -> str:
@@ -126,4 +127,19 @@ def quality(results: Sequence[Comparison]) -> Table:
     for r in results:
         interval = f"{r.low:+.1%} to {r.high:+.1%}"
         table.add_row(r.name, f"{r.first:.3f}", f"{r.second:.3f}", f"{r.change:+.1%}", interval, str(r.count))
+    return table
+
+
+def ablation(results: Sequence[Effect]) -> Table:
+    """Of `train ablate`."""
+    table = Table(title="Accepted length, and its change against the base, 95 % intervals", title_justify="left")
+    table.add_column("arm")
+    table.add_column("prompts")
+    for name in ("verified", "accepted length", "by seed", "change", "interval"):
+        table.add_column(name, justify="right")
+    for r in results:
+        interval = "" if r.low is None or r.high is None else f"{r.low:+.2f} to {r.high:+.2f}"
+        by_seed = " ".join(f"{length:.2f}" for length in r.by_seed)
+        figures = str(r.verify_length), f"{r.accepted_length:.2f}", by_seed, f"{r.change:+.2f}", interval
+        table.add_row(r.arm, r.prompts, *figures)
     return table

@@ -1,19 +1,19 @@
-"""Answers of a model as its drafter is trained on them: one a row, from where its prompt begins, as in decoding."""
+"""Answers of a model as its drafter is trained on them: packed in rows, each from where its prompt begins."""
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from mimo_jax.training import TrainingError
+from mimo_jax.training.packing import pack
 
-SHORTEST_ROW = 64
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answers:
     """Prompts with their answers."""
 
@@ -43,47 +43,56 @@ class Answers:
         return f"{len(self.pairs)} answers, crc32 {zlib.crc32(json.dumps(self.pairs).encode()):08x}"
 
     def batch(self, step: int, rows: int, length: int, seed: int) -> dict[str, np.ndarray]:
-        """The batch of a step: `rows` * `length` tokens, of answers of about one length.
+        """The batch of a step: rows that hold as many answers as fit, each behind its prompt.
 
-        Rows are as long as the power of two that holds each whole, at most `length`, where longer ones are cut; there
-        are as many more of them as they are shorter. Every epoch has each answer once, in an order drawn anew; the last
-        batch of each length is filled up with others of its length.
+        Answers that are longer than a row are cut. Every epoch has each answer once, and rows in an order drawn anew;
+        its last batch is filled up with others of its rows. An answer has the same company in every epoch, which it
+        never sees.
 
         Args:
             step: Number of the step.
-            rows: Of a batch of the longest rows.
+            rows: Of a batch.
             length: Of these.
             seed: Of the order.
 
         Returns:
-            `ids` and `answer` [rows, length], and `lengths` [rows] int32: how many ids of each row are real.
+            `ids` and `answer` [rows, length], `positions` [rows, length] int32 in each prompt and answer, which begin
+            at 0, and `lengths` [rows] int32: how many ids of each row are real.
         """
-        by_length: dict[int, list[int]] = {}
-        for number, pair in enumerate(self.pairs):
-            by_length.setdefault(_row_length(sum(map(len, pair)), length), []).append(number)
-        batches = [
-            (longest, start)
-            for longest, numbers in by_length.items()
-            for start in range(0, len(numbers), rows * length // longest)
-        ]
-        epoch, at = divmod(step, len(batches))
-        longest, start = batches[np.random.default_rng([seed, epoch]).permutation(len(batches))[at]]
-        size = rows * length // longest
-        order = np.random.default_rng([seed, epoch, longest]).permutation(by_length[longest])
-        chosen = np.resize(order, max(order.size, start + size))[start : start + size]
-        ids, answer = np.zeros((len(chosen), longest), np.int32), np.zeros((len(chosen), longest), bool)
-        lengths = np.zeros(len(chosen), np.int32)
-        for row, number in enumerate(chosen):
-            prompt, answered = self.pairs[number]
-            whole = (prompt + answered)[:longest]
-            lengths[row] = len(whole)
-            ids[row, : len(whole)] = whole
-            answer[row, len(prompt) : len(whole)] = True
-        return {"ids": ids, "answer": answer, "lengths": lengths}
+        packed = self.packed(length)
+        epoch, at = divmod(step, -(-len(packed) // rows))
+        order = np.random.default_rng([seed, epoch]).permutation(len(packed))
+        chosen = np.resize(order, max(order.size, (at + 1) * rows))[at * rows : (at + 1) * rows]
+        return self.rows([packed[n] for n in chosen], length)
+
+    def size(self, number: int, length: int) -> int:
+        """Tokens of an answer that a row of `length` has room for behind its prompt."""
+        prompt, answer = self.pairs[number]
+        return max(0, min(len(answer), length - len(prompt)))
+
+    def packed(self, length: int) -> list[list[int]]:
+        """Rows of `length` tokens, as the numbers of the answers in each."""
+        return _packed(self, length)
+
+    def rows(self, numbers: Sequence[Sequence[int]], length: int) -> dict[str, np.ndarray]:
+        """Arrays of rows that hold the answers of these numbers, one after the other (see `batch`)."""
+        shape = len(numbers), length
+        ids, answer = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        positions, lengths = np.zeros(shape, np.int32), np.zeros(len(numbers), np.int32)
+        for row, of_row in enumerate(numbers):
+            for number in of_row:
+                prompt, answered = self.pairs[number]
+                whole, start = (prompt + answered)[:length], lengths[row]
+                lengths[row] = end = start + len(whole)
+                ids[row, start:end] = whole
+                answer[row, start + len(prompt) : end] = True
+                positions[row, start:end] = np.arange(len(whole))
+        return {"ids": ids, "answer": answer, "positions": positions, "lengths": lengths}
 
 
-def _row_length(tokens: int, longest: int) -> int:
-    return min(longest, max(SHORTEST_ROW, 1 << (tokens - 1).bit_length()))
+@cache
+def _packed(answers: Answers, length: int) -> list[list[int]]:
+    return pack([min(length, len(prompt) + len(answer)) for prompt, answer in answers.pairs], length)
 
 
 def read_answers(path: Path) -> Iterator[tuple[list[int], list[int]]]:

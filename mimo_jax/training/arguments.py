@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import get_args
 
 from mimo_jax.arguments import positive
-from mimo_jax.presets import PRESETS
+from mimo_jax.presets import NANO, PRESETS
+from mimo_jax.training.arms import ARMS
 from mimo_jax.training.block_losses import Loss
 
 
@@ -18,7 +19,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         "training), export, regenerate (the model's own answers), drafter, export.",
     )
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
-    for add in (_corpus, _backbone, _regenerate, _drafter, _export):
+    for add in (_corpus, _backbone, _regenerate, _drafter, _export, _ablate):
         add(steps)
 
 
@@ -98,6 +99,33 @@ def _export(steps: argparse._SubParsersAction) -> None:
     parser.add_argument("--plain", action="store_true", help="a backbone in bfloat16, not quantised")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     parser.set_defaults(handler="mimo_jax.training.commands:train_export")
+
+
+def _ablate(steps: argparse._SubParsersAction) -> None:
+    parser = steps.add_parser(
+        "ablate",
+        help="what each choice in a drafter's training is worth",
+        description="Train drafters that differ from a base in one choice each, all at the same cost, and compare the "
+        "accepted lengths of greedy decoding, on held-out prompts of the same kinds and on the frozen ones. Goes on "
+        "where it was; more seeds or arms are added to those that are done.",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="answers, results, table, picture")
+    parser.add_argument(
+        "--model", type=Path, default=NANO, metavar="DIR", help="backbone and drafter (default: the one in the package)"
+    )
+    parser.add_argument(
+        "--arm", action="append", choices=ARMS, metavar="NAME", help=f"of {', '.join(ARMS)} (default: all)"
+    )
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="of each arm (default: 3)")
+    parser.add_argument("--steps", type=positive, default=100, metavar="N", help="of each seed (default: 100)")
+    parser.add_argument("--batch", type=positive, default=4, metavar="N", help="rows a step (default: 4)")
+    parser.add_argument("--length", type=positive, default=512, metavar="N", help="tokens a row (default: 512)")
+    parser.add_argument("--anchors", type=positive, default=256, metavar="N", help="blocks a step (default: 256)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, metavar="X", help="peak (default: 0.002)")
+    parser.add_argument("--prompts", type=positive, default=1000, metavar="N", help="to train on (default: 1000)")
+    parser.add_argument("--held-out", type=positive, default=120, metavar="N", help="to measure with (default: 120)")
+    parser.add_argument("--prompts-seed", type=int, default=1, help="of both (default: 1)")
+    parser.set_defaults(handler="mimo_jax.training.ablation_command:train_ablate")
 
 
 def _run(parser: argparse.ArgumentParser, *, batch: int, length: int, steps: int, rate: float) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from mimo_jax.backbone import Backbone
 from mimo_jax.byte_tokenizer import write_byte_tokenizer
@@ -29,9 +28,10 @@ from mimo_jax.training.corpus.mixture import documents
 from mimo_jax.training.drafter_training import DrafterTrainer, drafter_step
 from mimo_jax.training.fake_quantization import as_stored
 from mimo_jax.training.induction import with_induction
-from mimo_jax.training.initialization import initial_params
+from mimo_jax.training.initialization import initial_drafter, initial_params
 from mimo_jax.training.loop import Run
 from mimo_jax.training.optimizers import OptimizerConfig, TrainState, make_optimizer
+from mimo_jax.training.prompts import asked
 from mimo_jax.training.regeneration import regenerate
 from mimo_jax.training.release import write_drafter, write_plain, write_release
 from mimo_jax.training.tokens import Conversation, Tokens, tokenize
@@ -39,9 +39,6 @@ from mimo_jax.training.tokens import Conversation, Tokens, tokenize
 _LEARNT_FROM = 4000  # documents that a tokenizer learns its merges from
 
 _OF_DRAFTERS = ("anchors", "loss", "gamma")
-
-_ASKED = {"web": 0.7, "math": 2.5, "code": 2.0, "library": 0.3, "chat": 2.0, "edits": 2.5, "drills": 0.5}
-"""How often a drafter's answers are of each source: no more than a few drills, which are there to pretrain on."""
 
 
 def train_corpus(arguments: argparse.Namespace) -> None:
@@ -106,7 +103,7 @@ def train_backbone(arguments: argparse.Namespace) -> None:
 def train_regenerate(arguments: argparse.Namespace) -> None:
     """`mimo-jax train regenerate`."""
     generator = Generator.load(arguments.model, drafter="none")
-    prompts = list(islice(_prompts(generator.tokenizer, arguments.seed), arguments.prompts))
+    prompts = [prompt for prompt, _ in islice(asked(generator.tokenizer, arguments.seed), arguments.prompts)]
     params = SamplingParams(arguments.max_new_tokens, arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
     with counting_bar("answers", arguments.prompts) as advance:
         regenerate(generator, prompts, params, arguments.out, batch=arguments.batch, progress=advance)
@@ -135,8 +132,7 @@ def train_drafter(arguments: argparse.Namespace) -> None:
     )
     settings = {"model": _named(arguments.model)} | {name: getattr(arguments, name) for name in _OF_DRAFTERS}
     run = Run(arguments.out, settings | _settings(arguments, optimizer, answers))
-    params = initial_params(drafter, config.num_layers, arguments.seed)
-    params["mask_embedding"] = jnp.mean(model.params.backbone["embedding"], axis=0)
+    params = initial_drafter(drafter, model.params.backbone["embedding"], arguments.seed)
     key = jax.random.key(arguments.seed)
 
     def batch(step: int) -> dict[str, Any]:
@@ -210,16 +206,6 @@ def _trained(folder: Path, like: Params) -> Params:
     if found is None:
         raise TrainingError(f"{folder}: holds no checkpoint of a training run")
     return found
-
-
-def _prompts(tokenizer: Tokenizer, seed: int) -> Iterator[list[int]]:
-    """What the generated documents ask, every turn of a conversation and the beginning of every plain text."""
-    for found in documents(_ASKED, seed):
-        if found.text is not None:
-            yield tokenizer.encode(found.text)[:32]
-        for i, message in enumerate(found.messages):
-            if message["role"] == "assistant":
-                yield tokenizer.encode_chat(found.messages[:i])
 
 
 def _plain_text(document: str | Conversation) -> str:

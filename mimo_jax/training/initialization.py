@@ -32,3 +32,9 @@ def initial_params(declared: Declared, layers: int, seed: int) -> Params:
     leaves, structure = jax.tree.flatten(declared.shapes)
     keys = jax.tree.unflatten(structure, list(jax.random.split(jax.random.key(seed), len(leaves))))
     return jax.tree_util.tree_map_with_path(leaf, declared.shapes, keys)
+
+
+def initial_drafter(declared: Declared, embedding: jax.Array, seed: int) -> Params:
+    """The same for a drafter, whose mask vector begins as the mean of its backbone's embedding [vocab, hidden]."""
+    params = initial_params(declared, declared.module.config.num_layers, seed)
+    return params | {"mask_embedding": jnp.mean(embedding, axis=0)}

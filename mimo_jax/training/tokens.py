@@ -1,7 +1,7 @@
 """Text as training sees it: one long row of token ids, of which some are answers, cut into windows."""
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,9 +91,7 @@ def tokenize(
     documents: Iterable[str | Conversation], tokenizer: Tokenizer, progress: Callable[[], None] = lambda: None
 ) -> Tokens:
     """Encode texts and conversations; each text ends with `<|endoftext|>`, all of it is answer."""
-    end = tokenizer.token_id("<|endoftext|>")
-    if end is None:
-        raise TrainingError("the tokenizer has no <|endoftext|>, which ends a document")
+    end = end_of_text(tokenizer)
     ids: list[int] = []
     answer: list[bool] = []
     for document in documents:
@@ -103,16 +101,24 @@ def tokenize(
             ids += new
             answer += [True] * len(new)
             continue
-        for start, stop, written in _turns(document, tokenizer):
-            ids += start + stop
-            answer += [False] * len(start) + [written] * len(stop)
+        for given, answered in turns(document, tokenizer):
+            ids += given + answered
+            answer += [False] * len(given) + [True] * len(answered)
         ids.append(end)
         answer.append(False)
     return Tokens(np.array(ids, np.int32), np.array(answer, bool))
 
 
-def _turns(messages: Conversation, tokenizer: Tokenizer) -> Iterable[tuple[list[int], list[int], bool]]:
-    """The conversation as (what is given, an answer, True), answer by answer, as serving would see it."""
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The token that ends a document; raises `TrainingError` if there is none."""
+    end = tokenizer.token_id("<|endoftext|>")
+    if end is None:
+        raise TrainingError("the tokenizer has no <|endoftext|>, which ends a document")
+    return end
+
+
+def turns(messages: Conversation, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
+    """The conversation as (what is given, an answer), answer by answer, as serving would see it."""
     done = 0
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -121,5 +127,5 @@ def _turns(messages: Conversation, tokenizer: Tokenizer) -> Iterable[tuple[list[
         whole = tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False)
         if whole[: len(before)] != before:
             raise TrainingError("the chat template writes an answer differently once it is given: cannot train on it")
-        yield whole[done : len(before)], whole[len(before) :], True
+        yield whole[done : len(before)], whole[len(before) :]
         done = len(whole)
