@@ -36,6 +36,7 @@ def test_rounds_are_those_of_decoding(monkeypatch, rng):
     wanted = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (30, 1, 17, 26)]
     trainer = ArmTrainer(ARMS[BASE], models.backbone, config, Budget(1, 2, 40, 8, 1e-3))
     tokens, lengths = decoded(models, params, prompts, wanted, verify_length=5)
+    assert params.drafter is not None
     stood = trainer.stood(params.backbone, params.drafter, Answers(list(zip(prompts, tokens, strict=True))))
     assert [rounds_of(s, 5) for s in stood] == [len(accepted) for accepted in lengths]
     assert [len(s) for s in stood] == [len(answer) for answer in tokens]
@@ -75,9 +76,12 @@ def test_intervals_hold_the_true_change(rng):
     for _ in range(100):
         base, arm = effects(results(rng, 0.2, 3, 40), BASE)
         assert (base.arm, arm.arm, base.change, base.low) == (BASE, "kd", 0.0, None)
+        assert arm.low is not None
+        assert arm.high is not None
         held += arm.low <= 0.2 <= arm.high
     assert held >= 88  # at 95 %, once in 700 below
     _, certain = effects(results(rng, 2.0, 5, 40), BASE)
+    assert certain.low is not None
     assert certain.low > 1.0
     assert certain.accepted_length == pytest.approx(np.mean(certain.by_seed))
 

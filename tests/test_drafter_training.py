@@ -86,7 +86,7 @@ def test_the_loss_is_that_of_the_blocks_that_decoding_fills(case, rng, loss, gam
     trainer = DrafterTrainer(models.backbone, models.drafter, optimizer, loss=loss, gamma=gamma, blocks_at_once=at_once)
     backbone = models.backbone.bind(params.backbone)
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ids.shape)
-    text = Text(*map(jnp.asarray, (ids, answer, positions)), seen.captured, seen.hidden)
+    text = Text(jnp.asarray(ids), jnp.asarray(answer), jnp.asarray(positions), seen.captured, seen.hidden)
     value, metrics = block_loss(trainer, backbone, params.drafter, text, jnp.asarray(anchors), jnp.asarray(drawn))
     expected = losses(loss, logits, teacher, ids, answer, anchors, drawn, gamma)
     np.testing.assert_allclose(value, expected, rtol=1e-5)

@@ -50,6 +50,7 @@ def test_attention_equals_its_definition(rng, visible_keys, with_sink):
 def both_ways(request):
     """Two documents in a row and each by itself, from the same backbone: (trainer, params, packed, alone)."""
     models, params = tiny_model(3, drafter_window=request.param)
+    assert models.drafter is not None
     optimizer = make_optimizer(models.drafter.axes, OptimizerConfig(), 10)
     trainer = DrafterTrainer(models.backbone, models.drafter, optimizer, loss="kd", blocks_at_once=8)
     backbone, capture = models.backbone.bind(params.backbone), models.drafter.module.config.target_layer_ids

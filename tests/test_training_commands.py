@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mimo_jax.cli import main
+from mimo_jax.training import ablation_command
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -23,10 +24,12 @@ def corpus(tmp_path_factory):
 SMALL = ("--preset", "tiny", "--batch", 2, "--length", 64, "--checkpoint-every", 2)
 
 
-@pytest.mark.slow
-def test_from_text_to_a_model_that_drafts(corpus, capsys, tmp_path):
-    plain, qat, model = tmp_path / "plain", tmp_path / "qat", tmp_path / "model"
-    answers, drafter = tmp_path / "answers.jsonl", tmp_path / "drafter"
+@pytest.fixture(scope="module")
+def model(corpus, tmp_path_factory):
+    """A model folder after every step of training, and the folder of the runs."""
+    runs = tmp_path_factory.mktemp("runs")
+    plain, qat, model = runs / "plain", runs / "qat", runs / "model"
+    answers, drafter = runs / "answers.jsonl", runs / "drafter"
     backbone, few = ("backbone", "--corpus", corpus), ("--prompts", 12, "--max-new-tokens", 24, "--batch", 6)
     steps = [
         (*backbone, "--out", plain, "--steps", 3, *SMALL),
@@ -37,16 +40,71 @@ def test_from_text_to_a_model_that_drafts(corpus, capsys, tmp_path):
         ("export", "--run", drafter, "--out", model / "dflash"),
     ]
     for step in steps:
-        code, _, err = run(capsys, "train", *step)
-        assert code == 0, err
+        assert main([str(a) for a in ("train", *step)]) == 0
+    # the same command again finds nothing left to do; another setting is refused
+    assert main([str(a) for a in ("train", *steps[0])]) == 0
+    assert main([str(a) for a in ("train", *steps[0], "--learning-rate", 1)]) == 2
+    return model, runs
+
+
+@pytest.mark.slow
+def test_from_text_to_a_model_that_drafts(model, capsys):
+    folder, runs = model
     asked = ("--prompt", "def", "--max-new-tokens", 9, "--ignore-eos", "--json", "--trace")
-    code, out, _ = run(capsys, "generate", "--model", model, *asked)
+    code, out, _ = run(capsys, "generate", "--model", folder, *asked)
     assert code == 0
     assert len(json.loads(out.splitlines()[0])["trace"][0]["drafts"]) == 7
-    assert len((drafter / "metrics.jsonl").read_text().splitlines()) == 3
-    # the same command again finds nothing left to do; another setting is refused
-    assert run(capsys, "train", *steps[0])[0] == 0
-    code, _, err = run(capsys, "train", *steps[0], "--learning-rate", 1)
+    assert len((runs / "drafter" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.slow
+def test_a_drafter_goes_on_with_long_rows(model, capsys, tmp_path):
+    """It begins as the drafter that it is given: a step of no size leaves that."""
+    folder, _ = model
+    answers, tuned = tmp_path / "answers.jsonl", tmp_path / "run"
+    late = ("--context", 300, "--prompts", 3, "--max-new-tokens", 60)
+    assert run(capsys, "train", "regenerate", "--model", folder, "--out", answers, *late)[0] == 0
+    prompts = [len(json.loads(line)["prompt_ids"]) for line in answers.read_text().splitlines()]
+    assert min(prompts) >= 300
+    given = ("--model", folder, "--answers", answers, "--start-from", folder / "dflash", "--out", tuned)
+    rows = ("--preset", "tiny", "--batch", 1, "--length", 1024, "--anchors", 16, "--steps", 1, "--learning-rate", 0)
+    code, _, err = run(capsys, "train", "drafter", *given, *rows)
+    assert code == 0, err
+    assert run(capsys, "train", "export", "--run", tuned, "--out", tmp_path / "tuned")[0] == 0
+    before, after = (next(d.glob("*.safetensors")) for d in (folder / "dflash", tmp_path / "tuned"))
+    assert before.read_bytes() == after.read_bytes()
+    code, _, err = run(capsys, "train", "drafter", *given[:-1], tmp_path / "other", *rows, "--preset", "small")
+    assert code == 2
+    assert "shape" in err or "does not fit" in err
+
+
+@pytest.mark.slow
+def test_an_ablation_goes_on_where_it_was(model, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation_command, "SCENARIOS", ("web",))
+    monkeypatch.setattr(ablation_command, "_LONGEST_FROZEN", 8)
+    monkeypatch.setattr(ablation_command, "_LONGEST_ANSWER", 24)
+    out = tmp_path / "ablation"
+    given = ("--model", model[0], "--out", out, "--prompts", 6, "--held-out", 4, "--steps", 1, "--seeds", 1)
+    rows = ("--batch", 2, "--length", 256, "--anchors", 8)
+    code, _, err = run(capsys, "train", "ablate", *given, *rows, "--arm", "base")
+    assert code == 0, err
+    (first,) = (out / "results.jsonl").read_text().splitlines()
+    (out / "results.jsonl").write_text(first + '\n{"arm": "block-1')
+    code, table, err = run(capsys, "train", "ablate", *given, *rows, "--arm", "block-16")
+    assert code == 0, err
+    lines = (out / "results.jsonl").read_text().splitlines()
+    assert lines[0] == first
+    assert [json.loads(line)["arm"] for line in lines] == ["base", "block-16"]
+    assert "block-16" in table
+    found = json.loads((out / "ablation.json").read_text())["ablation"]
+    shown = [(e["arm"], e["verify_length"], e["prompts"]) for e in found]
+    assert shown == [
+        (arm, n, name)
+        for arm, name, n in [("base", "held-out", 8), ("base", "frozen", 8)]
+        + [("block-16", name, n) for name in ("held-out", "frozen") for n in (8, 16)]
+    ]
+    assert (out / "ablation.png").stat().st_size > 1000
+    code, _, err = run(capsys, "train", "ablate", *given, *rows, "--steps", 2)
     assert code == 2
     assert "other settings" in err
 

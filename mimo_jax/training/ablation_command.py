@@ -22,6 +22,7 @@ from mimo_jax.training.ablation import ArmTrainer, Budget, measure
 from mimo_jax.training.ablation_results import effects, read_results
 from mimo_jax.training.answers import Answers
 from mimo_jax.training.arms import ARMS, BASE
+from mimo_jax.training.commands import check_length
 from mimo_jax.training.loop import Run
 from mimo_jax.training.prompts import asked
 from mimo_jax.training.regeneration import regenerate
@@ -36,6 +37,7 @@ def train_ablate(arguments: argparse.Namespace) -> None:
     base = model.drafter_config
     if base is None:
         raise TrainingError(f"{arguments.model}: has no drafter, whose shape the arms are to have")
+    check_length(arguments.length, model.config)
     budget = Budget(
         arguments.steps, arguments.batch, arguments.length, arguments.anchors, learning_rate=arguments.learning_rate
     )
@@ -88,6 +90,8 @@ def _texts(model: Model, arguments: argparse.Namespace) -> tuple[dict[str, Answe
     documents = [(prompt, answer[:_LONGEST_ANSWER]) for prompt, answer in given[:count]]
     seen = {tuple(prompt) for prompt, _ in given[:count]}
     held_out = [(prompt, answer) for prompt, answer in own[count:] if tuple(prompt) not in seen]
+    if not held_out:
+        raise TrainingError(f"all {arguments.held_out} held-out prompts are trained on, too: choose more of them")
     frozen = [ids for scenario in SCENARIOS for ids in prompts(model.tokenizer, scenario)]
     training = {"own": Answers(own[:count]), "documents": Answers(documents)}
     return training, {

@@ -3,8 +3,7 @@
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,12 @@ from mimo_jax.training import TrainingError
 from mimo_jax.training.packing import pack
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Answers:
     """Prompts with their answers."""
 
     pairs: list[tuple[list[int], list[int]]]
+    _packed: dict[int, list[list[int]]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def read(cls, path: Path, vocab_size: int) -> "Answers":
@@ -72,7 +72,11 @@ class Answers:
 
     def packed(self, length: int) -> list[list[int]]:
         """Rows of `length` tokens, as the numbers of the answers in each."""
-        return _packed(self, length)
+        if length not in self._packed:
+            self._packed[length] = pack(
+                [min(length, len(prompt) + len(answer)) for prompt, answer in self.pairs], length
+            )
+        return self._packed[length]
 
     def rows(self, numbers: Sequence[Sequence[int]], length: int) -> dict[str, np.ndarray]:
         """Arrays of rows that hold the answers of these numbers, one after the other (see `batch`)."""
@@ -88,11 +92,6 @@ class Answers:
                 answer[row, start + len(prompt) : end] = True
                 positions[row, start:end] = np.arange(len(whole))
         return {"ids": ids, "answer": answer, "positions": positions, "lengths": lengths}
-
-
-@cache
-def _packed(answers: Answers, length: int) -> list[list[int]]:
-    return pack([min(length, len(prompt) + len(answer)) for prompt, answer in answers.pairs], length)
 
 
 def read_answers(path: Path) -> Iterator[tuple[list[int], list[int]]]:

@@ -55,6 +55,9 @@ def _regenerate(steps: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the checkpoint that will be served")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines; goes on where it was")
     parser.add_argument("--prompts", type=positive, default=4000, metavar="N", help="default: 4000")
+    parser.add_argument(
+        "--context", type=int, default=0, metavar="N", help="tokens of conversation before an answer, at least"
+    )
     parser.add_argument("--batch", type=positive, default=32, metavar="N", help="default: 32")
     parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="default: 512")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -71,6 +74,7 @@ def _drafter(steps: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the backbone's checkpoint folder")
     parser.add_argument("--answers", type=Path, required=True, metavar="FILE", help="from `mimo-jax train regenerate`")
+    parser.add_argument("--start-from", type=Path, metavar="DIR", help="begin with this drafter, a checkpoint folder")
     parser.add_argument("--anchors", type=positive, default=512, metavar="N", help="blocks a step (default: 512)")
     parser.add_argument(
         "--loss",

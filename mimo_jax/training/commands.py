@@ -31,14 +31,12 @@ from mimo_jax.training.induction import with_induction
 from mimo_jax.training.initialization import initial_drafter, initial_params
 from mimo_jax.training.loop import Run
 from mimo_jax.training.optimizers import OptimizerConfig, TrainState, make_optimizer
-from mimo_jax.training.prompts import asked
+from mimo_jax.training.prompts import asked, asked_late
 from mimo_jax.training.regeneration import regenerate
 from mimo_jax.training.release import write_drafter, write_plain, write_release
 from mimo_jax.training.tokens import Conversation, Tokens, tokenize
 
 _LEARNT_FROM = 4000  # documents that a tokenizer learns its merges from
-
-_OF_DRAFTERS = ("anchors", "loss", "gamma")
 
 
 def train_corpus(arguments: argparse.Namespace) -> None:
@@ -73,7 +71,7 @@ def train_backbone(arguments: argparse.Namespace) -> None:
     tokens = Tokens.read(arguments.corpus / "train.safetensors", config.vocab_size)
     optimizer = _optimizer(arguments)
     backbone = Declared(lambda: Backbone(config, "float32"))
-    _check_length(arguments, config)
+    check_length(arguments.length, config)
     tokens.batch(0, arguments.batch, arguments.length + 1, arguments.seed)  # raises if the text is shorter than a row
     trainer = BackboneTrainer(backbone, make_optimizer(backbone.axes, optimizer, arguments.steps), arguments.qat)
     settings = {"qat": arguments.qat, "start_from": _named(arguments.start_from)}
@@ -103,7 +101,11 @@ def train_backbone(arguments: argparse.Namespace) -> None:
 def train_regenerate(arguments: argparse.Namespace) -> None:
     """`mimo-jax train regenerate`."""
     generator = Generator.load(arguments.model, drafter="none")
-    prompts = [prompt for prompt, _ in islice(asked(generator.tokenizer, arguments.seed), arguments.prompts)]
+    if arguments.context:
+        given = asked_late(generator.tokenizer, arguments.seed, arguments.context)
+    else:
+        given = (prompt for prompt, _ in asked(generator.tokenizer, arguments.seed))
+    prompts = list(islice(given, arguments.prompts))
     params = SamplingParams(arguments.max_new_tokens, arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
     with counting_bar("answers", arguments.prompts) as advance:
         regenerate(generator, prompts, params, arguments.out, batch=arguments.batch, progress=advance)
@@ -115,11 +117,14 @@ def train_drafter(arguments: argparse.Namespace) -> None:
     hf = PRESETS[arguments.preset].drafter
     if hf is None:
         raise TrainingError(f"the preset {arguments.preset} has no drafter")
-    model = Generator.load(arguments.model, drafter="none", storage="expanded", dtype="float32").model
+    start_from: Path | None = arguments.start_from
+    model = Generator.load(arguments.model, drafter=start_from or "none", storage="expanded", dtype="float32").model
     config = DrafterConfig.from_hf(hf)
     config.check_fits(model.config)
+    if start_from is not None and model.drafter_config != config:
+        raise TrainingError(f"{start_from}: this drafter has another shape than that of the preset {arguments.preset}")
     answers = Answers.read(arguments.answers, model.config.vocab_size)
-    _check_length(arguments, model.config)
+    check_length(arguments.length, model.config)
     optimizer = _optimizer(arguments)
     drafter = Declared(lambda: Drafter(config, "float32"))
     trainer = DrafterTrainer(
@@ -130,9 +135,12 @@ def train_drafter(arguments: argparse.Namespace) -> None:
         loss=arguments.loss,
         gamma=arguments.gamma,
     )
-    settings = {"model": _named(arguments.model)} | {name: getattr(arguments, name) for name in _OF_DRAFTERS}
+    settings = {"model": _named(arguments.model), "start_from": _named(start_from)}
+    settings |= {name: getattr(arguments, name) for name in ("anchors", "loss", "gamma")}
     run = Run(arguments.out, settings | _settings(arguments, optimizer, answers))
-    params = initial_drafter(drafter, model.params.backbone["embedding"], arguments.seed)
+    params = model.params.drafter
+    if params is None:
+        params = initial_drafter(drafter, model.params.backbone["embedding"], arguments.seed)
     key = jax.random.key(arguments.seed)
 
     def batch(step: int) -> dict[str, Any]:
@@ -157,6 +165,8 @@ def train_drafter(arguments: argparse.Namespace) -> None:
 def train_export(arguments: argparse.Namespace) -> None:
     """`mimo-jax train export`."""
     settings = Run.settings_of(arguments.run)
+    if "preset" not in settings:
+        raise TrainingError(f"{arguments.run}: is an ablation, which keeps no parameters")
     preset = PRESETS[settings["preset"]]
     if "anchors" in settings:
         assert preset.drafter is not None
@@ -194,10 +204,10 @@ def _named(path: Path | None) -> str | None:
     return None if path is None else str(path.absolute())
 
 
-def _check_length(arguments: argparse.Namespace, config: BackboneConfig) -> None:
+def check_length(length: int, config: BackboneConfig) -> None:
     """Raise, before a run is made, if rows do not fit the model."""
-    if arguments.length > config.max_positions:
-        raise TrainingError(f"--length {arguments.length} is more than the model's context of {config.max_positions}")
+    if length > config.max_positions:
+        raise TrainingError(f"--length {length} is more than the model's context of {config.max_positions}")
 
 
 def _trained(folder: Path, like: Params) -> Params:

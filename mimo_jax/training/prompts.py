@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from mimo_jax.chat_template import Message
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training.corpus.mixture import documents
 from mimo_jax.training.tokens import end_of_text, turns
@@ -26,3 +27,17 @@ def asked(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[list[int], list[int
         for given, answer in turns(found.messages, tokenizer):
             yield before + given, answer
             before += given + answer
+
+
+def asked_late(tokenizer: Tokenizer, seed: int, context: int) -> Iterator[list[int]]:
+    """Prompts of at least `context` tokens, without end: generated conversations one after the other as a single one,
+    up to the last question.
+    """
+    messages: list[Message] = []
+    for found in documents(_SOURCES, seed):
+        if found.messages:
+            messages += found.messages
+            prompt = tokenizer.encode_chat(messages[:-1])
+            if len(prompt) >= context:
+                yield prompt
+                messages = []
