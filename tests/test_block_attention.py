@@ -10,6 +10,8 @@ from pallas_kernels.window_attention import window_attention
 
 BATCH, POSITIONS, ROWS, HEADS, KV_HEADS, QK, V = 2, 30, 4, 4, 2, 6, 5
 ANCHORS = np.array([[0, 1, 13, 29], [2, 8, 8, 26]], np.int32)
+STARTS = np.array([[0, 0, 5, 0], [0, 6, 8, 24]], np.int32)
+"""Where the blocks' documents begin."""
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -25,14 +27,14 @@ def test_equals_decoding(rng, causal, visible_keys, with_sink):
 
     slots = POSITIONS if visible_keys is None else visible_keys - 1
     rings = [np.full((3, blocks, slots, *x.shape[3:]), np.nan, np.float32) for x in context]
-    for block, anchor in enumerate(ANCHORS.reshape(-1)):
-        for position in range(max(0, anchor - slots), anchor):
+    for block, (anchor, start) in enumerate(zip(ANCHORS.reshape(-1), STARTS.reshape(-1), strict=True)):
+        for position in range(max(start, anchor - slots), anchor):
             for ring, x in zip(rings, context, strict=True):
-                ring[:, block, position % slots] = x[:, block // ANCHORS.shape[1], position]
+                ring[:, block, (position - start) % slots] = x[:, block // ANCHORS.shape[1], position]
     rings = [np.nan_to_num(ring, nan=7.0) for ring in rings]  # where nothing was, nothing may be read
 
-    anchors = jnp.asarray(ANCHORS.reshape(-1))
+    anchors, starts = jnp.asarray(ANCHORS.reshape(-1)), jnp.asarray(STARTS.reshape(-1))
     q, context, rings, own = jax.tree.map(jnp.asarray, (q, context, rings, own))
-    expected = window_attention(q, *rings, *own, lengths=anchors, **settings)
-    got = jax.jit(lambda: block_attention(q, *context, *own, anchors=anchors, **settings))()
+    expected = window_attention(q, *rings, *own, lengths=anchors - starts, **settings)
+    got = jax.jit(lambda: block_attention(q, *context, *own, anchors=anchors, starts=starts, **settings))()
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
