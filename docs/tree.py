@@ -24,7 +24,12 @@ def sentence(path: Path) -> str:
 
 def tree(root: Path = ROOT) -> str:
     """The page."""
-    lines = ["# Every file", "", "Written by `docs/tree.py` from the files' docstrings; `make docs` writes it again.", ""]
+    lines = [
+        "# Every file",
+        "",
+        "Written by `docs/tree.py` from the files' docstrings; `make docs` writes it again.",
+        "",
+    ]
     paths = sorted(p for folder in FOLDERS for p in (root / folder).rglob("*.py") if not GENERATED.search(p.name))
     for folder, files in groupby(sorted(paths, key=lambda p: (p.parent, p.name)), key=lambda p: p.parent):
         lines += [f"## `{folder.relative_to(root).as_posix()}/`", "", "| file | what it is for |", "|---|---|"]
