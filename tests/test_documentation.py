@@ -269,8 +269,11 @@ def test_the_picture_is_small_and_of_the_answer_that_is_shown():
 def place(tmp_path_factory) -> Path:
     """A folder with what the pages' commands name."""
     folder = tmp_path_factory.mktemp("pages")
-    (folder / "messages.json").write_text(json.dumps([{"role": "user", "content": "Add 2 and 3."}]))
-    (folder / "prompts.jsonl").write_text('"import os"\n')
+    chat = json.dumps(
+        [{"role": "user", "content": "What is the capital of France?"}]
+    )  # as long as another: one program
+    for name in ("messages.json", "prompts.jsonl"):
+        (folder / name).write_text(chat)
     device = {k: v for k, v in vars(known_devices()["H200"]).items() if k != "name"}
     (folder / "devices.json").write_text(json.dumps({"MINE": device}))
     return folder
