@@ -328,8 +328,8 @@ def test_runs(command, place, capsys, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_chat_and_python_give_the_answer_of_generate(capsys):
     (asked,) = (c for c in commands(README) if c.shown and "--ask" in c.words)
-    (chat,) = (c for c in commands(README) if c.shown and c.words[0] == "chat")
-    answer = Generator.load().chat([{"role": "user", "content": asked.words[-1]}], max_new_tokens=64)
+    (chat,) = (c for c in commands(README) if c.shown and c.words[:1] == ("chat",))
+    answer = Generator.load().chat([{"role": "user", "content": asked.words[-1]}])
     assert asked.shown
     assert chat.shown
     assert asked.shown.splitlines()[0] == answer.text

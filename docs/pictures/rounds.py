@@ -131,7 +131,7 @@ def main(path: Path) -> None:
     generator = Generator.load(progress=False)
     tokenizer = generator.tokenizer
     assert tokenizer is not None
-    answer = generator.chat([{"role": "user", "content": QUESTION}], max_new_tokens=64)
+    answer = generator.chat([{"role": "user", "content": QUESTION}])
     plt.rcParams.update({"svg.hashsalt": path.name, "font.family": "DejaVu Sans"})
     figure, (top, bottom) = plt.subplots(2, height_ratios=(4.9, len(answer.rounds) + 1.2), figsize=(10, 7))
     parts(top)
