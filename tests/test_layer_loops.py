@@ -38,7 +38,7 @@ def test_stretches_are_the_runs_in_order(kinds, capture):
                 assert (there.first, there.first_in_cache) == (run.first, run.first_in_cache)
 
 
-@pytest.mark.parametrize(("preset", "bodies"), [("mimo-v2.5-pro", 7), ("mimo-v2.5", 4), ("mimo-v2-flash", 4)])
+@pytest.mark.parametrize(("preset", "bodies"), [("mimo-v2.5-pro", 7), ("mimo-v2.5", 5), ("mimo-v2-flash", 5)])
 def test_the_family_has_few_bodies(preset, bodies):
     config, drafter = PRESETS[preset].configs()
     loops = stretches(config.layers, drafter.target_layer_ids if drafter else ())
