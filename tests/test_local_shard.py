@@ -13,7 +13,7 @@ from mimo_jax.params import Declared
 from mimo_jax.training import TrainingError
 from mimo_jax.training.drafter_training import DrafterTrainer, block_loss
 from mimo_jax.training.groups import Groups
-from mimo_jax.training.local_shard import draw_anchors, skipped
+from mimo_jax.training.local_shard import Edges, draw_anchors, skipped
 from mimo_jax.training.optimizers import OptimizerConfig, make_optimizer
 from sharding.compiled import collectives
 from sharding.topology import Topology
@@ -23,7 +23,7 @@ BATCH, LENGTH, COUNT = 2, 160, 16
 REPLICATED, CUT = jax.P(), jax.P(None, "data")
 
 
-def trainer_of(shards: int, edges="exchange", window: int | None = 10) -> DrafterTrainer:
+def trainer_of(shards: int, edges: Edges = "exchange", window: int | None = 10) -> DrafterTrainer:
     """A drafter on sequences that are cut into so many parts; the vocabulary is whole everywhere."""
     config, drafter_config = tiny_configs(drafter_window=window)
     topology = Topology(shards, shards, dp_attention=True, dp_lm_head=True)
@@ -61,7 +61,7 @@ def drawing(trainer: DrafterTrainer):
     return jax.jit(draw)
 
 
-def loss_of(trainer: DrafterTrainer, given) -> partial:
+def loss_of(trainer: DrafterTrainer, given):
     """The loss as a function of the drafter's parameters, the anchors and which of them count."""
     drafter, backbone, captured, ids, answer = given
     groups = trainer.groups

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mimo_jax.arguments import positive
+from mimo_jax.arguments import positive, topology_arguments
 from mimo_jax.presets import PRESETS
 
 
@@ -72,6 +72,13 @@ def _drafter(steps: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--gamma", type=float, default=7.0, help="decay of the weights in a block (default: 7, the release's)"
     )
+    parser.add_argument(
+        "--edges",
+        choices=("exchange", "skip"),
+        default="exchange",
+        help="with --cut-sequences, for anchors near the edge of a part: fetch their window from the neighbour "
+        "(default), or draw none there, so that nothing is fetched",
+    )
     _run(parser, batch=8, length=512, steps=1000, rate=2e-3)
     parser.set_defaults(handler="mimo_jax.training.commands:train_drafter")
 
@@ -105,3 +112,9 @@ def _run(parser: argparse.ArgumentParser, *, batch: int, length: int, steps: int
     parser.add_argument("--weight-decay", type=float, default=0.1, metavar="X", help="of matrices (default: 0.1)")
     parser.add_argument("--checkpoint-every", type=positive, default=100, metavar="N", help="steps (default: 100)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--cut-sequences",
+        action="store_true",
+        help="give every data-parallel group a part of each sequence, rather than sequences of its own",
+    )
+    topology_arguments(parser)

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mimo_jax import placement
+from mimo_jax.arguments import topology_of
 from mimo_jax.backbone import Backbone
 from mimo_jax.byte_tokenizer import write_byte_tokenizer
 from mimo_jax.config import BackboneConfig, DrafterConfig
@@ -23,13 +25,15 @@ from mimo_jax.progress import counting_bar
 from mimo_jax.request import SamplingParams
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training import TrainingError
-from mimo_jax.training.answers import Answers
+from mimo_jax.training.answers import Answers, row_lengths
 from mimo_jax.training.backbone_training import BackboneTrainer, backbone_step
 from mimo_jax.training.corpus.mixture import documents
 from mimo_jax.training.drafter_training import DrafterTrainer, drafter_step
 from mimo_jax.training.fake_quantization import as_stored
+from mimo_jax.training.groups import Groups
 from mimo_jax.training.induction import with_induction
 from mimo_jax.training.initialization import initial_params
+from mimo_jax.training.local_shard import skipped
 from mimo_jax.training.loop import Run
 from mimo_jax.training.optimizers import OptimizerConfig, TrainState, make_optimizer
 from mimo_jax.training.regeneration import regenerate
@@ -73,10 +77,15 @@ def train_backbone(arguments: argparse.Namespace) -> None:
     config = BackboneConfig.from_hf(hf)
     tokens = Tokens.read(arguments.corpus / "train.safetensors", config.vocab_size)
     optimizer = _optimizer(arguments)
-    backbone = Declared(lambda: Backbone(config, "float32"))
+    groups = _groups(arguments)
+    placement.check(groups.topology, config)
+    groups.check(arguments.batch, arguments.length)
+    groups.check_heads(*map(config.attention, config.attention_kinds))
+    backbone = Declared(lambda: Backbone(config, "float32", groups.topology))
     _check_length(arguments, config)
     tokens.batch(0, arguments.batch, arguments.length + 1, arguments.seed)  # raises if the text is shorter than a row
-    trainer = BackboneTrainer(backbone, make_optimizer(backbone.axes, optimizer, arguments.steps), arguments.qat)
+    optimizing = make_optimizer(backbone.axes, optimizer, arguments.steps)
+    trainer = BackboneTrainer(backbone, optimizing, arguments.qat, groups)
     settings = {"qat": arguments.qat, "start_from": _named(arguments.start_from)}
     run = Run(arguments.out, settings | _settings(arguments, optimizer, tokens))
     params = with_induction(initial_params(backbone, len(config.layers), arguments.seed), config, arguments.seed)
@@ -116,19 +125,28 @@ def train_drafter(arguments: argparse.Namespace) -> None:
     hf = PRESETS[arguments.preset].drafter
     if hf is None:
         raise TrainingError(f"the preset {arguments.preset} has no drafter")
-    model = Generator.load(arguments.model, drafter="none", storage="expanded", dtype="float32").model
     config = DrafterConfig.from_hf(hf)
+    groups = _groups(arguments)
+    groups.check_heads(config.attention)
+    for size in row_lengths(arguments.length):
+        groups.check(arguments.batch * arguments.length // size, size)
+    skipped(config, groups, arguments.edges)  # raises if they cannot be
+    options = {"storage": "expanded", "dtype": "float32", "topology": groups.topology}
+    model = Generator.load(arguments.model, drafter="none", **options).model
     config.check_fits(model.config)
+    placement.check(groups.topology, model.config, config)
     answers = Answers.read(arguments.answers, model.config.vocab_size)
     _check_length(arguments, model.config)
     optimizer = _optimizer(arguments)
-    drafter = Declared(lambda: Drafter(config, "float32"))
+    drafter = Declared(lambda: Drafter(config, "float32", groups.topology))
     trainer = DrafterTrainer(
         model.models.backbone,
         drafter,
         make_optimizer(drafter.axes, optimizer, arguments.steps),
         anchors=arguments.anchors,
         gamma=arguments.gamma,
+        groups=groups,
+        edges=arguments.edges,
     )
     settings = {"model": _named(arguments.model), "anchors": arguments.anchors, "gamma": arguments.gamma}
     run = Run(arguments.out, settings | _settings(arguments, optimizer, answers))
@@ -182,6 +200,12 @@ def _optimizer(arguments: argparse.Namespace) -> OptimizerConfig:
     return OptimizerConfig(
         arguments.optimizer, arguments.learning_rate, arguments.warmup, arguments.final, arguments.weight_decay
     )
+
+
+def _groups(arguments: argparse.Namespace) -> Groups:
+    """The mesh to train on, which is no part of what defines a run: it may go on on another."""
+    topology = topology_of(arguments)
+    return Groups(topology, topology.mesh(), arguments.cut_sequences)
 
 
 def _settings(arguments: argparse.Namespace, optimizer: OptimizerConfig, text: Tokens | Answers) -> dict[str, Any]:

@@ -84,8 +84,8 @@ class Groups:
         for attention in attentions:
             if attention.kv_heads % self._width:
                 raise TrainingError(
-                    f"{attention.kv_heads} KV heads cannot be trained on {self._width} devices that share attention: choose "
-                    f"a TP size, or more data-parallel groups, so that each has at least one of its own"
+                    f"{attention.kv_heads} KV heads cannot be trained on {self._width} devices that share attention: "
+                    f"choose fewer devices, or more data-parallel groups, so that each has at least one of its own"
                 )
 
     def on_all(self, program: Callable, given: tuple[Any, ...], made: Any) -> Callable:
