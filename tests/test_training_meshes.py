@@ -140,7 +140,7 @@ def test_each_device_keeps_its_share(drafter_alone):
     assert all(x.sharding.shard_shape(x.shape) == (2, 20, 16) for x in momenta)
     alone = sum(x.nbytes for x in jax.tree.leaves(drafter_alone[1].optimizer))
     here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.optimizer))
-    assert here < alone * 0.3
+    assert here < alone * 0.45  # a quarter of most, half of what is not cut over `tensor`
 
 
 @pytest.mark.slow

@@ -16,15 +16,17 @@ from mimo_jax import placement
 from mimo_jax.arguments import topology_of
 from mimo_jax.backbone import Backbone
 from mimo_jax.byte_tokenizer import write_byte_tokenizer
+from mimo_jax.commands import planned_topology
 from mimo_jax.config import BackboneConfig, DrafterConfig
+from mimo_jax.devices import known_devices, parse_devices
 from mimo_jax.drafter import Drafter
 from mimo_jax.generate import Generator
 from mimo_jax.params import Declared, Params
 from mimo_jax.presets import PRESETS
-from mimo_jax.progress import counting_bar
+from mimo_jax.progress import counting_bar, output_console
 from mimo_jax.request import SamplingParams
 from mimo_jax.tokenizer import Tokenizer
-from mimo_jax.training import TrainingError
+from mimo_jax.training import TrainingError, step_report
 from mimo_jax.training.answers import Answers, row_lengths
 from mimo_jax.training.backbone_training import BackboneTrainer, backbone_step
 from mimo_jax.training.corpus.mixture import documents
@@ -38,6 +40,7 @@ from mimo_jax.training.loop import Run
 from mimo_jax.training.optimizers import OptimizerConfig, TrainState, make_optimizer
 from mimo_jax.training.regeneration import regenerate
 from mimo_jax.training.release import write_drafter, write_plain, write_release
+from mimo_jax.training.step_plan import StepPlan
 from mimo_jax.training.tokens import Conversation, Tokens, tokenize
 
 _LEARNT_FROM = 4000  # documents that a tokenizer learns its merges from
@@ -171,6 +174,24 @@ def train_drafter(arguments: argparse.Namespace) -> None:
         title=f"drafter {arguments.preset}",
     )
     print(f"trained {arguments.out}", file=sys.stderr)
+
+
+def train_plan(arguments: argparse.Namespace) -> None:
+    """`mimo-jax train plan`."""
+    config, drafter = PRESETS[arguments.preset].configs()
+    if drafter is None:
+        raise TrainingError(f"the preset {arguments.preset} has no drafter")
+    count, device = parse_devices(arguments.devices, known_devices(arguments.device_file))
+    topology, _ = planned_topology(arguments, count)
+    load = arguments.batch, arguments.length, arguments.anchors
+    plan = StepPlan(config, drafter, topology, device, *load, not arguments.whole_sequences, arguments.edges)
+    described = step_report.describe(plan)
+    if arguments.compile:
+        described["compiled"] = step_report.compiled(arguments.preset, plan)
+    if arguments.json:
+        print(json.dumps(described))
+    else:
+        step_report.report(described, output_console(), step_report.heading(arguments.preset, plan))
 
 
 def train_export(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import optax
 from mimo_jax.params import Declared, Params
 from mimo_jax.training.groups import Groups
 from mimo_jax.training.optimizers import TrainState
+from sharding.topology import Topology
 
 
 def as_declared(params: Params, declared: Declared[Any]) -> Params:
@@ -29,30 +30,29 @@ def start(optimizer: optax.GradientTransformation, params: Params, axes: Params,
         groups: Of the mesh.
     """
     placed = groups.placed(params, axes)
-    lie = groups.shardings(_moments(jax.eval_shape(optimizer.init, placed), axes, groups))
+    lie = groups.shardings(moments(jax.eval_shape(optimizer.init, placed), axes, groups.topology))
     return TrainState(placed, jax.jit(optimizer.init, out_shardings=lie)(placed))
 
 
 def kept_in_place(state: TrainState, axes: Params, groups: Groups) -> TrainState:
     """Within a program, the state as it lies before every step; arguments as those of `start`."""
-    lie = TrainState(groups.specs(state.params, axes), _moments(state.optimizer, axes, groups))
+    lie = TrainState(groups.specs(state.params, axes), moments(state.optimizer, axes, groups.topology))
     return jax.lax.with_sharding_constraint(state, groups.shardings(lie))
 
 
-def _moments(state: Any, axes: Params, groups: Groups) -> Any:
+def moments(state: Any, axes: Params, topology: Topology) -> Any:
     """How an optimiser's state lies: what it keeps of a parameter as that parameter, cut over the groups, too."""
     named = {_names(path): names for path, names in jax.tree.leaves_with_path(axes, is_leaf=_is_axes)}
 
     def leaf(path: tuple, value: Any) -> jax.P:
         names = named.get(_names(path))
-        return jax.P() if names is None else moment_spec(names, value.shape, groups)
+        return jax.P() if names is None else _spec(names, value.shape, topology)
 
     return jax.tree_util.tree_map_with_path(leaf, state)
 
 
-def moment_spec(names: tuple[str, ...], shape: tuple[int, ...], groups: Groups) -> jax.P:
+def _spec(names: tuple[str, ...], shape: tuple[int, ...], topology: Topology) -> jax.P:
     """How what an optimiser keeps of a parameter lies, given the parameter's logical axes and shape."""
-    topology = groups.topology
     cut = tuple("moments" if name == "embed" else name for name in names)
     divides = not any(size % topology.width(name) for name, size in zip(cut, shape, strict=True))
     axes = [axis for name in cut for axis in topology.cut(name).axes]
