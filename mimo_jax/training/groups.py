@@ -42,11 +42,6 @@ class Groups:
         return self.topology.cut("sequence") if self.cut_sequences else Cut()
 
     @property
-    def _width(self) -> int:
-        """Devices among which KV heads are shared."""
-        return self.topology.width("kv_heads")
-
-    @property
     def ids(self) -> PartitionSpec:
         """How arrays [batch, length] of ids lie. Cut sequences are whole everywhere: a block at the end of a part needs
         labels from the next, and ids are few bytes.
@@ -81,10 +76,11 @@ class Groups:
 
     def check_heads(self, *attentions: AttentionConfig) -> None:
         """Raise `TrainingError` if devices would have copies of KV heads, each of which would be trained apart."""
+        width = self.topology.width("kv_heads")
         for attention in attentions:
-            if attention.kv_heads % self._width:
+            if attention.kv_heads % width:
                 raise TrainingError(
-                    f"{attention.kv_heads} KV heads cannot be trained on {self._width} devices that share attention: "
+                    f"{attention.kv_heads} KV heads cannot be trained on {width} devices that share attention: "
                     f"choose fewer devices, or more data-parallel groups, so that each has at least one of its own"
                 )
 
