@@ -12,9 +12,10 @@ from mimo_jax.training import TrainingError
 from mimo_jax.training.drafter_training import drafter_step
 from mimo_jax.training.step_plan import StepPlan
 from sharding.topology import Topology, TopologyError
+from tests.checkpoint_files import MICRO
 
 H200 = known_devices()["H200"]
-TWO_BY_TWO = Topology(4, 2, 4, dp_attention=True, dp_lm_head=True)
+TWO_BY_TWO = Topology(4, 2, 4, dp_attention=True, dp_lm_head=True, dense_tensor_parallel=1)
 
 
 def plan_of(preset: str, topology: Topology, length: int, anchors: int, **more) -> StepPlan:
@@ -35,7 +36,10 @@ def final_norm(plan: StepPlan) -> int:
 
 @pytest.mark.slow
 def test_arguments_are_the_compiled_programs():
-    plan = plan_of("tiny", TWO_BY_TWO, 1024, 32)
+    """Packed experts and linears, float32 parameters, momenta cut over the groups."""
+    config, drafter = MICRO.configs()
+    assert drafter is not None
+    plan = StepPlan(config, drafter, TWO_BY_TWO, H200, 1, 64, 16)
     analysis = compiled(plan).memory_analysis()
     assert analysis is not None
     assert analysis.argument_size_in_bytes == sum(plan.arguments.values()) - final_norm(plan)

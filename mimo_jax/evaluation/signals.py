@@ -90,9 +90,9 @@ def bench_signals(
         raise ValueError(f"length {length} is too short: parts have {length // MOST} positions, of {needed} at least")
     found: list[SignalsResult] = []
     for devices in DEVICES:
-        cases = [
+        cases: list[tuple[Scaling, Edges, int, int, int]] = [
             (scaling, edges, devices, length // times, anchors // times)
-            for scaling, times in (("weak", MOST // devices), ("strong", 1))
+            for scaling, times in _times(devices)
             for edges in get_args(Edges)
         ]
         measured = with_devices(devices, __spec__.name, preset, str(runs), json.dumps(cases))
@@ -100,6 +100,11 @@ def bench_signals(
             found.append(SignalsResult(*case, Spread.of(milliseconds), *nbytes))
         progress(len(cases))
     return sorted(found, key=lambda r: (r.scaling == "strong", r.edges))
+
+
+def _times(devices: int) -> tuple[tuple[Scaling, int], ...]:
+    """How many times shorter than the longest a sequence on so many devices is."""
+    return ("weak", MOST // devices), ("strong", 1)
 
 
 def _drafter(preset: str) -> DrafterConfig:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mimo_jax.cache import EarlierParts, PartsOfSequences
 from mimo_jax.config import AttentionConfig, BackboneConfig
@@ -27,7 +27,7 @@ class Groups:
     """The data-parallel groups of a mesh."""
 
     topology: Topology = Topology()
-    mesh: Mesh | AbstractMesh = field(default_factory=Topology().mesh)
+    mesh: Mesh = field(default_factory=Topology().mesh)
     cut_sequences: bool = False
     """Whether a group has consecutive positions of every sequence, rather than sequences of its own."""
 

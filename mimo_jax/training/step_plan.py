@@ -8,7 +8,7 @@ times are those of matrices at peak and of messages at the links' speed, as if n
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +63,10 @@ class StepPlan:
         skipped(self.drafter, groups, self.edges)
 
     @property
-    def _mesh(self) -> AbstractMesh:
+    def _mesh(self) -> Mesh:
+        """One without devices, of which nothing is asked but places."""
         sizes = tuple(self.topology.axes.values())
-        return AbstractMesh(sizes, tuple(self.topology.axes), axis_types=(AxisType.Auto,) * len(sizes))
+        return cast(Mesh, AbstractMesh(sizes, tuple(self.topology.axes), axis_types=(AxisType.Auto,) * len(sizes)))
 
     @property
     def groups(self) -> int:
@@ -77,7 +78,7 @@ class StepPlan:
         """Of all sequences, those that one group has."""
         return self.batch * self.length // self.groups
 
-    def program(self, mesh: Mesh | AbstractMesh) -> tuple[DrafterTrainer, tuple[Any, ...]]:
+    def program(self, mesh: Mesh) -> tuple[DrafterTrainer, tuple[Any, ...]]:
         """The trainer, and what else `drafter_step` takes, as shapes, dtypes and places on a mesh."""
         topology, groups = self.topology, Groups(self.topology, mesh, self.cut_sequences)
         model = abstract_model(self.config, None, DTYPE, topology, mesh)
