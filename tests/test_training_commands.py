@@ -77,7 +77,10 @@ def test_what_cannot_be_trained_gets_one_clear_line(corpus, capsys, tmp_path):
         ((*train, tmp_path / "short"), "less than one window"),
         ((*train, tmp_path / "wide"), "the tokenizer of another model"),
         ((*train, corpus, "--start-from", tmp_path), "no run.json"),
-        ((*train, corpus, "--tp", 4, "--dp", 4, "--enable-dp-attention"), "2 rows cannot be shared equally by 4"),
+        (
+            (*train, corpus, "--tp", 4, "--dp", 4, "--ep", 4, "--enable-dp-attention"),
+            "2 rows cannot be shared equally by 4",
+        ),
         ((*train, corpus, "--tp", 2, "--dp", 2), "without DP attention"),
         ((*train, corpus, "--length", 2_000_000), "more than the model's context"),
         (("export", "--run", tmp_path, "--out", tmp_path / "x"), "no run.json"),

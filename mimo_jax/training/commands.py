@@ -134,14 +134,16 @@ def train_drafter(arguments: argparse.Namespace) -> None:
     for size in row_lengths(arguments.length):
         groups.check(arguments.batch * arguments.length // size, size)
     skipped(config, groups, arguments.edges)  # raises if they cannot be
-    options = {"storage": "expanded", "dtype": "float32", "topology": groups.topology}
-    model = Generator.load(arguments.model, drafter="none", **options).model
+    options: dict[str, Any] = {"drafter": "none", "topology": groups.topology}
+    if jax.default_backend() == "cpu":  # elsewhere packed and in bfloat16, as it is served
+        options |= {"storage": "expanded", "dtype": "float32"}
+    model = Generator.load(arguments.model, **options).model
     config.check_fits(model.config)
     placement.check(groups.topology, model.config, config)
     answers = Answers.read(arguments.answers, model.config.vocab_size)
     _check_length(arguments, model.config)
     optimizer = _optimizer(arguments)
-    drafter = Declared(lambda: Drafter(config, "float32", groups.topology))
+    drafter = Declared(lambda: Drafter(config, model.dtype, groups.topology))
     trainer = DrafterTrainer(
         model.models.backbone,
         drafter,
