@@ -6,7 +6,7 @@ All three read keys that are already committed to a cache, plus those of the row
 import jax
 from flax import nnx
 
-from mimo_jax.cache import PagedKV, RingKV, SequenceKV
+from mimo_jax.cache import EarlierParts, PagedKV, RingKV, SequenceKV
 from mimo_jax.config import AttentionConfig
 from mimo_jax.layers import Layer, array, declare, linear, rope, weight
 from pallas_kernels.block_attention import block_attention
@@ -57,7 +57,7 @@ class Attention(nnx.Module):
         q: jax.Array,
         kv: KV,
         layer: Layer,
-        cache: PagedKV | RingKV | SequenceKV,
+        cache: PagedKV | RingKV | SequenceKV | EarlierParts,
         cache_layer: Layer,
         lengths: jax.Array,
         causal: bool = True,
@@ -103,6 +103,18 @@ class Attention(nnx.Module):
                     *kv,
                     layer=cache_layer,
                     anchors=lengths,
+                    visible_keys=config.visible_keys,
+                    causal=causal,
+                    sink=sink,
+                    first=cache.first,
+                )
+            case EarlierParts():
+                out = window_attention(
+                    q,
+                    *cache.ring(kv, config.visible_keys),
+                    *kv,
+                    layer=0,
+                    lengths=lengths,
                     visible_keys=config.visible_keys,
                     causal=causal,
                     sink=sink,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.attention import KV, Attention
-from mimo_jax.cache import BackboneCache, PagedKV, RingKV
+from mimo_jax.cache import BackboneCache, EarlierParts, PagedKV, PartsOfSequences, RingKV
 from mimo_jax.config import AttentionKind, BackboneConfig, LayerKind
 from mimo_jax.layer_loops import Run, Stretch, stretches
 from mimo_jax.layers import Layer, array, declare, linear, over_layers, rms_norm, swiglu, weight
@@ -69,7 +69,7 @@ class DecoderLayers(nnx.Module):
         self,
         x: jax.Array,
         layer: Layer,
-        cache: PagedKV | RingKV,
+        cache: PagedKV | RingKV | EarlierParts,
         cache_layer: Layer,
         lengths: jax.Array,
         counts: jax.Array | None,
@@ -107,7 +107,7 @@ class Backbone(nnx.Module):
     def __call__(
         self,
         tokens: jax.Array,
-        cache: BackboneCache,
+        cache: BackboneCache | PartsOfSequences,
         capture: tuple[int, ...] = (),
         counts: jax.Array | None = None,
     ) -> BackboneOutput:
@@ -136,7 +136,7 @@ class Backbone(nnx.Module):
         )
 
     def _stretch(
-        self, stretch: Stretch, x: jax.Array, cache: BackboneCache, counts: jax.Array | None
+        self, stretch: Stretch, x: jax.Array, cache: BackboneCache | PartsOfSequences, counts: jax.Array | None
     ) -> tuple[jax.Array, list[jax.Array], dict[AttentionKind, KV]]:
         """Rows x through a stretch: the new residual stream, those captured, and [layers, batch, rows, ...] KV."""
         first, second = stretch[0], stretch[:2][-1]
@@ -158,7 +158,9 @@ class Backbone(nnx.Module):
         ]
         return x, captured, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), new)
 
-    def _run(self, run: Run, x: jax.Array, cache: BackboneCache, counts: jax.Array | None) -> tuple[jax.Array, KV]:
+    def _run(
+        self, run: Run, x: jax.Array, cache: BackboneCache | PartsOfSequences, counts: jax.Array | None
+    ) -> tuple[jax.Array, KV]:
         """Rows x through a run of layers: the new residual stream, and [layers of the run, batch, rows, ...] KV."""
         layers, committed = self.layers[run.kind.name], cache.kv[run.kind.attention]
 

@@ -18,8 +18,10 @@ from mimo_jax.request import SamplingParams
 from mimo_jax.speculative import ModelParams, Models
 from mimo_jax.training import TrainingError
 from mimo_jax.training.answers import Answers, read_answers
-from mimo_jax.training.drafter_training import DrafterTrainer, block_loss, drafter_step, draw_anchors
+from mimo_jax.training.drafter_training import DrafterTrainer, block_loss, drafter_step
+from mimo_jax.training.groups import Groups
 from mimo_jax.training.initialization import initial_params
+from mimo_jax.training.local_shard import draw_anchors
 from mimo_jax.training.optimizers import OptimizerConfig, make_optimizer
 from mimo_jax.training.regeneration import regenerate
 from tests.models import decoded, tiny_configs, tiny_model
@@ -95,7 +97,7 @@ def test_anchors_are_uniform_without_replacement():
     answer = np.zeros((3, 30), bool)
     answer[0, 5:20] = True
     answer[1, [3, 4, 9, 20, 21]] = True
-    draw = jax.jit(lambda key: draw_anchors(key, jnp.asarray(answer), 6))
+    draw = jax.jit(lambda key: draw_anchors(key, jnp.asarray(answer), 6, Groups()))
     candidates = [set(range(5, 19)), {3, 20}, set()]
     counts = np.zeros(30)
     for i in range(400):

@@ -82,6 +82,11 @@ class Answers:
         return {"ids": ids, "answer": answer, "lengths": lengths}
 
 
+def row_lengths(longest: int) -> list[int]:
+    """All lengths that rows may have where the longest are so long."""
+    return sorted({_row_length(1 << i, longest) for i in range(longest.bit_length() + 1)})
+
+
 def _row_length(tokens: int, longest: int) -> int:
     return min(longest, max(SHORTEST_ROW, 1 << (tokens - 1).bit_length()))
 

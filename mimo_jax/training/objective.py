@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sharding.collectives import Cut
+
 
 class Scores(NamedTuple):
     """Weighted sums over rows."""
@@ -19,7 +21,12 @@ class Scores(NamedTuple):
 
 
 def cross_entropy(
-    head: Callable[[jax.Array], jax.Array], hidden: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int = 1024
+    head: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array,
+    chunk: int = 1024,
+    vocabulary: Cut = Cut(),
 ) -> Scores:
     """Weighted cross-entropy of `head(hidden)` against labels; logits are made, and made again for the gradient.
 
@@ -29,6 +36,7 @@ def cross_entropy(
         labels: [rows] int32.
         weights: [rows] float32; rows of weight 0 count for nothing.
         chunk: Rows whose logits exist at a time.
+        vocabulary: What cuts the logits, of which a device has a part.
     """
     rows = labels.shape[0]
     chunks = -(-rows // chunk)
@@ -41,9 +49,8 @@ def cross_entropy(
     def one(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]):
         hidden, labels, weights = part
         logits = head(hidden)
-        picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-        loss = jax.nn.logsumexp(logits, axis=-1) - picked
-        correct = jnp.argmax(logits, axis=-1) == labels
+        loss = vocabulary.logsumexp(logits) - vocabulary.take(logits, labels)
+        correct = vocabulary.argmax(jax.lax.stop_gradient(logits)) == labels
         return (sums[0] + jnp.sum(weights * loss), sums[1] + jnp.sum(weights)), correct
 
     zero = jnp.zeros((), jnp.float32)
