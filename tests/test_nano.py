@@ -76,7 +76,6 @@ def test_acceptance_is_what_was_recorded(generator, scenario):
         Topology(8, 2, 8, dp_attention=True, dp_lm_head=True, dense_tensor_parallel=1),
         Topology(8, 8, 8, dp_attention=True, dp_lm_head=True, dense_tensor_parallel=1),
         Topology(16, 2, 16, dp_attention=True, dp_lm_head=True, dense_tensor_parallel=1),
-        Topology(4, 2, 2, dp_attention=True),
     ],
 )
 def test_the_same_tokens_on_meshes(generator, topology):
