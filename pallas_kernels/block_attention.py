@@ -1,8 +1,8 @@
 """Attention of many blocks of a sequence, each over the positions before it and over itself, to train a drafter with.
 
 Decoding has one block a sequence, and the context before it in a ring (`window_attention`). Here blocks share the keys
-of the whole sequence, which are read where they lie. Where it is longer than a few windows, each block's window is taken
-out of it first, as one range: then a block costs the same whatever the length.
+of the whole sequence, which are read where they lie. Where it is longer than a few windows, each block's window is
+taken out of it first, as one range: then a block costs the same whatever the length.
 """
 
 import jax
