@@ -1,9 +1,8 @@
 """Attention of many blocks of a sequence, each over the positions before it and over itself, to train a drafter with.
 
 Decoding has one block a sequence, and the context before it in a ring (`window_attention`). Here blocks share the keys
-of the whole sequence, which are read where they lie: a ring for every block would be gathered, and its gradient
-scattered, at many times the cost of the attention itself. That changes where a sequence is many times longer than a
-window: then each block's window is taken out, and a block costs the same whatever the length.
+of the whole sequence, which are read where they lie. Where it is longer than a few windows, each block's window is
+taken out of it first, as one range: then a block costs the same whatever the length.
 """
 
 import jax
@@ -11,8 +10,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.softmax import exponentials, grouped_scores, weighted_values
 
-LONG = 16
-"""Windows that a context holds from which on they are taken out of it."""
+LONG = 2
+"""Windows that a context holds from which on they are taken out of it. Loss and gradients of 128 blocks with windows of
+256 took half the time at 2 windows and a ninth at 8, on a CPU.
+"""
 
 
 def block_attention(

@@ -101,7 +101,7 @@ def test_devices_draw_from_their_own_positions(given, shards, edges):
     """All that may be drawn is drawn in the end, each part's share by its device, and nothing else."""
     trainer, answer = trainer_of(shards, edges), np.asarray(given[4])
     part, seen, draw = LENGTH // shards, set(), drawing(trainer)
-    for seed in range(60):
+    for seed in range(200):
         anchors, drawn = map(np.asarray, draw(jax.random.key(seed), given[4]))
         assert drawn.all()
         assert (anchors // part == np.arange(shards).repeat(COUNT // shards)).all()

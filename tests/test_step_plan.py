@@ -64,6 +64,8 @@ def test_the_release_on_a_pod(capsys):
     assert described["fits"]
     assert main(["train", "plan", "--devices", "64xH200"]) == 0
     assert "signals/s" in capsys.readouterr().out
+    assert main(["train", "plan", "--devices", "8xH200", "--batch", "8"]) == 2
+    assert "does not fit: each of 8 x H200" in capsys.readouterr().err
 
 
 def test_what_cannot_be_planned():

@@ -194,6 +194,11 @@ def train_plan(arguments: argparse.Namespace) -> None:
         print(json.dumps(described))
     else:
         step_report.report(described, output_console(), step_report.heading(arguments.preset, plan))
+    if not described["fits"]:
+        raise TrainingError(
+            f"does not fit: each of {count} x {device.name} would need {plan.used:,} bytes and has "
+            f"{int(device.memory_bytes):,}; what helps: more devices, or fewer positions a step"
+        )
 
 
 def train_export(arguments: argparse.Namespace) -> None:
