@@ -10,7 +10,7 @@ TEST_WORKERS ?= 2
 PROMPT ?= What is the capital of France?
 ARGS ?=
 
-.PHONY: help setup demo test test-slow check check-gpu-compile nano protos notebooks format clean
+.PHONY: help setup demo test test-slow check check-gpu-compile nano protos notebooks docs format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +93,10 @@ protos: $(STAMP) ## write the gRPC stubs again from their .proto
 
 notebooks: $(STAMP) ## write the .ipynb again from their scripts
 	$(BIN)/jupytext --quiet --update --to ipynb notebooks/*.py
+
+docs: $(STAMP) ## write the list of files and the README's picture again
+	$(BIN)/python docs/tree.py
+	$(BIN)/python docs/pictures/rounds.py
 
 format: $(STAMP) ## let ruff format and fix what it can
 	$(BIN)/ruff format .

@@ -6,7 +6,7 @@ All three read keys that are already committed to a cache, plus those of the row
 import jax
 from flax import nnx
 
-from mimo_jax.cache import Documents, PagedKV, RingKV, SequenceKV
+from mimo_jax.cache import Documents, EarlierParts, PagedKV, RingKV, SequenceKV
 from mimo_jax.config import AttentionConfig
 from mimo_jax.layers import Layer, array, declare, linear, rope, weight
 from pallas_kernels.block_attention import block_attention
@@ -58,7 +58,7 @@ class Attention(nnx.Module):
         q: jax.Array,
         kv: KV,
         layer: Layer,
-        cache: PagedKV | RingKV | SequenceKV | Documents,
+        cache: PagedKV | RingKV | SequenceKV | EarlierParts | Documents,
         cache_layer: Layer,
         lengths: jax.Array,
         causal: bool = True,
@@ -108,7 +108,19 @@ class Attention(nnx.Module):
                     visible_keys=config.visible_keys,
                     causal=causal,
                     sink=sink,
+                    first=cache.first,
                     starts=cache.starts,
+                )
+            case EarlierParts():
+                out = window_attention(
+                    q,
+                    *cache.ring(kv, config.visible_keys),
+                    *kv,
+                    layer=0,
+                    lengths=lengths,
+                    visible_keys=config.visible_keys,
+                    causal=causal,
+                    sink=sink,
                 )
             case Documents():
                 out = packed_attention(q, *kv, positions=cache.positions, visible_keys=config.visible_keys, sink=sink)

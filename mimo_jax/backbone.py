@@ -1,13 +1,13 @@
 """The MiMo-V2 text backbone on one page: hybrid full / sliding-window attention, dense and mixture-of-experts MLPs.
 
-Layers of one kind are stacked and run by `lax.scan` over consecutive rows of their stack. The forward pass reads the
-caches and returns each layer's new keys and values; committing them is the caller's decision.
+Layers of one kind are stacked and run by `lax.scan` over consecutive rows of their stack, and runs of layers that
+repeat by one more around them. The forward pass reads the caches and returns each layer's new keys and values;
+committing them is the caller's decision.
 
 Written for one device of a mesh: it has its parts of heads, experts and vocabulary, the rows of its own sequences, and
 sums with the others where a topology's cuts say so. Without a mesh it has everything, and there is nothing to sum.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.attention import KV, Attention
-from mimo_jax.cache import BackboneCache, Documents, PagedKV, RingKV
+from mimo_jax.cache import BackboneCache, Documents, EarlierParts, PagedKV, PartsOfSequences, RingKV
 from mimo_jax.config import AttentionKind, BackboneConfig, LayerKind
+from mimo_jax.layer_loops import Run, Stretch, stretches
 from mimo_jax.layers import Layer, array, declare, linear, over_layers, rms_norm, swiglu, weight
 from mimo_jax.moe import MoE
 from sharding.topology import Topology
@@ -34,36 +35,6 @@ class BackboneOutput:
     """[batch, rows, captured layers, hidden]: the residual stream after each captured layer."""
     kv: dict[AttentionKind, KV]
     """Per attention kind, the rows' keys and values [layers of that kind, batch, rows, kv_heads, dim]."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Consecutive layers of one kind: rows `first` .. `first + count - 1` of the kind's stack."""
-
-    kind: LayerKind
-    first: int
-    first_in_cache: int
-    """Row of the first layer in the cache of its attention kind."""
-    count: int
-    captured: bool
-    """Whether the residual stream after the last layer is captured."""
-
-
-def runs(layers: tuple[LayerKind, ...], capture: tuple[int, ...]) -> Iterator[Run]:
-    """Cut the layers into runs of one kind, ending one after every captured layer."""
-    start = 0
-    for i, kind in enumerate(layers):
-        if i + 1 < len(layers) and layers[i + 1] == kind and i not in capture:
-            continue
-        before = layers[:start]
-        yield Run(
-            kind=kind,
-            first=before.count(kind),
-            first_in_cache=sum(k.attention == kind.attention for k in before),
-            count=i + 1 - start,
-            captured=i in capture,
-        )
-        start = i + 1
 
 
 class DenseMLP(nnx.Module):
@@ -98,7 +69,7 @@ class DecoderLayers(nnx.Module):
         self,
         x: jax.Array,
         layer: Layer,
-        cache: PagedKV | RingKV | Documents,
+        cache: PagedKV | RingKV | EarlierParts | Documents,
         cache_layer: Layer,
         lengths: jax.Array,
         counts: jax.Array | None,
@@ -136,7 +107,7 @@ class Backbone(nnx.Module):
     def __call__(
         self,
         tokens: jax.Array,
-        cache: BackboneCache | Documents,
+        cache: BackboneCache | PartsOfSequences | Documents,
         capture: tuple[int, ...] = (),
         counts: jax.Array | None = None,
     ) -> BackboneOutput:
@@ -153,19 +124,49 @@ class Backbone(nnx.Module):
         x = self.embed(tokens)
         captured: list[jax.Array] = []
         new: dict[AttentionKind, list[KV]] = {"full": [], "swa": []}
-        for run in runs(self.config.layers, capture):
-            x, kv = self._run(run, x, cache, counts)
-            new[run.kind.attention].append(kv)
-            if run.captured:
-                captured.append(x)
+        for stretch in stretches(self.config.layers, capture):
+            x, ends, kvs = self._stretch(stretch, x, cache, counts)
+            captured += ends
+            for kind, kv in kvs.items():
+                new[kind].append(kv)
         return BackboneOutput(
             hidden=x,
             captured=jnp.stack(captured, axis=2) if captured else x[:, :, None, :][:, :, :0],
             kv={k: jax.tree.map(lambda *parts: jnp.concatenate(parts), *kvs) for k, kvs in new.items() if kvs},
         )
 
+    def _stretch(
+        self,
+        stretch: Stretch,
+        x: jax.Array,
+        cache: BackboneCache | PartsOfSequences | Documents,
+        counts: jax.Array | None,
+    ) -> tuple[jax.Array, list[jax.Array], dict[AttentionKind, KV]]:
+        """Rows x through a stretch: the new residual stream, those captured, and [layers, batch, rows, ...] KV."""
+        first, second = stretch[0], stretch[:2][-1]
+        kept = [any(run.captured for run in same) for same in zip(*stretch, strict=True)]
+
+        def once(x: jax.Array, time: Layer):
+            ends: list[jax.Array | None] = []
+            new: dict[AttentionKind, list[KV]] = {}
+            for run, next_time, keep in zip(first, second, kept, strict=True):
+                x, kv = self._run(run.repeated(next_time, time), x, cache, counts)
+                new.setdefault(run.kind.attention, []).append(kv)
+                ends.append(x if keep else None)
+            joined = {kind: jax.tree.map(lambda *parts: jnp.concatenate(parts), *kvs) for kind, kvs in new.items()}
+            return x, (ends, joined)
+
+        x, (ends, new) = over_layers(once, x, len(stretch), self.layers[first[0].kind.name].attention_norm)
+        captured = [
+            end[i]
+            for i, time in enumerate(stretch)
+            for run, end in zip(time, ends, strict=True)
+            if run.captured and end is not None
+        ]
+        return x, captured, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), new)
+
     def _run(
-        self, run: Run, x: jax.Array, cache: BackboneCache | Documents, counts: jax.Array | None
+        self, run: Run, x: jax.Array, cache: BackboneCache | PartsOfSequences | Documents, counts: jax.Array | None
     ) -> tuple[jax.Array, KV]:
         """Rows x through a run of layers: the new residual stream, and [layers of the run, batch, rows, ...] KV."""
         layers, committed = self.layers[run.kind.name], cache.kv[run.kind.attention]
@@ -174,10 +175,10 @@ class Backbone(nnx.Module):
         again = partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
 
         def layer(x: jax.Array, i: Layer) -> tuple[jax.Array, KV]:
-            in_cache = i + run.first_in_cache - run.first
-            return again(lambda x: layers(x, i, committed, in_cache, cache.lengths, counts))(x)
+            row, in_cache = run.first + i, run.first_in_cache + i
+            return again(lambda x: layers(x, row, committed, in_cache, cache.lengths, counts))(x)
 
-        return over_layers(layer, x, run.first, run.count, layers.attention_norm)
+        return over_layers(layer, x, run.count, layers.attention_norm)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and LM head: hidden [batch, ..., hidden] to logits [batch, ..., vocab] float32."""

@@ -9,12 +9,14 @@ the block's rows in the ring before it reads, rounded up to what a kernel can co
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from mimo_jax.config import AttentionConfig, AttentionKind, BackboneConfig, DrafterConfig
+from sharding.collectives import Cut
 from sharding.layout import Axes, BatchArray
 
 SLOT_ALIGNMENT = 8
@@ -70,14 +72,48 @@ class RingKV:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SequenceKV:
-    """Keys and values of every position of some sequences, on which blocks anywhere in them are trained."""
+    """Keys and values of consecutive positions of some sequences, on which blocks among them are trained."""
 
     k: jax.Array
     """[layers, batch, positions, kv_heads, qk_dim]."""
     v: jax.Array
     """[layers, batch, positions, kv_heads, v_dim]."""
+    first: jax.Array | int = 0
+    """Scalar int32: where the first of them stands; what stands below 0 is none."""
     starts: jax.Array | int = 0
     """[blocks] int32, or one for all: where each block's document begins, from which its positions count."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("devices",))
+@dataclass(frozen=True)
+class EarlierParts:
+    """No cache: where devices have parts of the same sequences, those before a device's are computed as its own is."""
+
+    devices: Cut
+    """What cuts the sequences, if anything does."""
+
+    def ring(self, kv: tuple[jax.Array, jax.Array], visible_keys: int | None) -> tuple[jax.Array, jax.Array]:
+        """The positions before this device's rows kv [batch, rows, ...], as in a ring: [1, batch, slots, ...]."""
+        # never without a slot: XLA's CPU backend cannot compile gradients of empty arrays on a mesh
+        rows, others = kv[0].shape[1], self.devices.width - 1
+        if visible_keys is None and others:
+            return self.devices.gather(kv[0], 1)[None], self.devices.gather(kv[1], 1)[None]
+        slots = max(1, min((visible_keys or rows) - 1, rows * others))
+        oldest = self.devices.index() * rows - slots
+        k, v = (jnp.roll(self.devices.before(x, slots, 1), oldest % slots, axis=1)[None] for x in kv)
+        return k, v
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PartsOfSequences:
+    """What stands in for a `BackboneCache` in training: nothing is committed, and a device's rows are all it has of
+    their sequences.
+    """
+
+    lengths: jax.Array
+    """[batch] int32: where this device's part begins."""
+    kv: dict[AttentionKind, EarlierParts]
 
 
 @jax.tree_util.register_dataclass

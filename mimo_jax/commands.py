@@ -104,7 +104,7 @@ def topology(arguments: argparse.Namespace) -> None:
 def plan(arguments: argparse.Namespace) -> None:
     """`mimo-jax plan`."""
     count, device = parse_devices(arguments.devices, known_devices(arguments.device_file))
-    chosen, default = _planned_topology(arguments, count)
+    chosen, default = planned_topology(arguments, count)
     config, drafter = _configs(arguments)
     block = drafter.block_size if drafter else 1
     planned = Plan(
@@ -135,7 +135,7 @@ def plan(arguments: argparse.Namespace) -> None:
         raise ValueError(planned.shortage())
 
 
-def _planned_topology(arguments: argparse.Namespace, count: int) -> tuple[Topology, bool]:
+def planned_topology(arguments: argparse.Namespace, count: int) -> tuple[Topology, bool]:
     """The topology asked for over `count` devices, or the default one, and whether it is that."""
     sizes = ("tensor_parallel_size", "data_parallel_size", "expert_parallel_size", "moe_dense_tp_size")
     said = any(getattr(arguments, name) is not None for name in sizes)

@@ -58,7 +58,7 @@ class Drafter(nnx.Module):
         def layer(_: None, i: Layer) -> tuple[None, KV]:
             return None, self._keys_values(c, i, positions)
 
-        return over_layers(layer, None, 0, self.config.num_layers, self.attention_norm)[1]
+        return over_layers(layer, None, self.config.num_layers, self.attention_norm)[1]
 
     def __call__(self, anchor: jax.Array, ring: RingKV | SequenceKV, lengths: jax.Array) -> jax.Array:
         """Fill a block.
@@ -89,7 +89,7 @@ class Drafter(nnx.Module):
             mlp = swiglu(n, weight(self.gate, i), weight(self.up, i), weight(self.down, i))
             return x + self.columns.sum(mlp), None
 
-        x, _ = over_layers(layer, block, 0, config.num_layers, self.attention_norm)
+        x, _ = over_layers(layer, block, config.num_layers, self.attention_norm)
         return rms_norm(x, array(self.final_norm), config.rms_eps)
 
     def _keys_values(self, x: jax.Array, layer: Layer, positions: jax.Array) -> KV:

@@ -48,6 +48,18 @@ def outline(weight: MXFP4Weight, axes: tuple[str, ...], topology: Topology, mesh
     return InterleavedWeight(*placed)
 
 
+def specs(params: Params, axes: Params, topology: Topology) -> Params:
+    """The `PartitionSpec` of every array of parameters whose logical axes are these."""
+
+    def leaf(names: tuple[str, ...], weight: Any) -> Any:
+        if isinstance(weight, InterleavedWeight):
+            parts = zip((weight.words, weight.scales), _interleaved_axes(names), strict=True)
+            return InterleavedWeight(*(topology.spec(of_part, x.shape) for x, of_part in parts))  # pyright: ignore
+        return jax.tree.map(lambda x: topology.spec(names, x.shape), weight)
+
+    return jax.tree.map(leaf, axes, params, is_leaf=lambda node: isinstance(node, tuple))
+
+
 def _interleave(weight: MXFP4Weight, axes: tuple[str, ...], topology: Topology, mesh: Mesh) -> Any:
     def layer_by_layer(codes: jax.Array, scales: jax.Array) -> Any:
         return jax.lax.map(lambda layer: interleave(*layer), (codes, scales))

@@ -42,15 +42,13 @@ def array(parameter: nnx.Param, layer: Layer | None = None) -> jax.Array:
     return dequantize(held, held.values.dtype) if isinstance(held, Swapped) else held
 
 
-def over_layers[X, Y](
-    step: Callable[[X, Layer], tuple[X, Y]], x: X, first: int, count: int, stack: nnx.Param
-) -> tuple[X, Y]:
-    """Run step(x, layer) over `count` layers from `first` on, as `lax.scan`; `stack` is a parameter of theirs."""
+def over_layers[X, Y](step: Callable[[X, Layer], tuple[X, Y]], x: X, count: int, stack: nnx.Param) -> tuple[X, Y]:
+    """Run step(x, i) for i below `count`, as `lax.scan`; `stack` is a parameter of the layers that it runs."""
     if not isinstance(stack.get_value(), ByLayer):
-        return jax.lax.scan(step, x, first + jnp.arange(count, dtype=jnp.int32))
+        return jax.lax.scan(step, x, jnp.arange(count, dtype=jnp.int32))
     made = []
-    for layer in range(first, first + count):
-        x, y = step(x, layer)
+    for i in range(count):
+        x, y = step(x, i)
         made.append(y)
     return x, jax.tree.map(lambda *parts: jnp.stack(parts), *made)
 

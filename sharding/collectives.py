@@ -53,6 +53,43 @@ class Cut:
         size = whole.shape[axis] // self.width
         return jax.lax.dynamic_slice_in_dim(whole, self.index() * size, size, axis % whole.ndim)
 
+    def before(self, part: jax.Array, count: int, axis: int) -> jax.Array:
+        """The last `count` positions of a dimension before those of this device, from its neighbours.
+
+        Where the whole begins later than that, zeros stand for what is missing.
+        """
+        size, found = part.shape[axis], list[jax.Array]()
+        for hops in range(1, min(self.width - 1, -(-count // size)) + 1):
+            wanted = min(size, count - (hops - 1) * size)
+            send = jax.lax.slice_in_dim(part, size - wanted, size, axis=axis)
+            found.insert(0, jax.lax.ppermute(send, self.axes, [(i, i + hops) for i in range(self.width - hops)]))
+        missing = count - sum(x.shape[axis] for x in found)
+        nothing = jnp.zeros((*part.shape[:axis], missing, *part.shape[axis + 1 :]), part.dtype)
+        return jnp.concatenate([nothing, *found], axis)
+
+    def after(self, part: jax.Array, count: int, axis: int) -> jax.Array:
+        """The first `count` positions after those of this device, as `before`."""
+        size, found = part.shape[axis], list[jax.Array]()
+        for hops in range(1, min(self.width - 1, -(-count // size)) + 1):
+            wanted = min(size, count - (hops - 1) * size)
+            send = jax.lax.slice_in_dim(part, 0, wanted, axis=axis)
+            found.append(jax.lax.ppermute(send, self.axes, [(i + hops, i) for i in range(self.width - hops)]))
+        missing = count - sum(x.shape[axis] for x in found)
+        nothing = jnp.zeros((*part.shape[:axis], missing, *part.shape[axis + 1 :]), part.dtype)
+        return jnp.concatenate([*found, nothing], axis)
+
+    def take(self, part: jax.Array, places: jax.Array) -> jax.Array:
+        """Elements [...] of the last dimension, at places [...] in the whole."""
+        at = self.local(places, part.shape[-1])[..., None]
+        return self.sum(jnp.take_along_axis(part, at, axis=-1, mode="fill", fill_value=0)[..., 0])
+
+    def logsumexp(self, part: jax.Array) -> jax.Array:
+        """Of the last dimension, in the whole: [...]. Of each part, two values are exchanged."""
+        if not self.axes:
+            return jax.nn.logsumexp(part, axis=-1)
+        top = jax.lax.pmax(jnp.max(jax.lax.stop_gradient(part), axis=-1), self.axes)
+        return top + jnp.log(self.sum(jnp.sum(jnp.exp(part - top[..., None]), axis=-1)))
+
     def argmax(self, part: jax.Array) -> jax.Array:
         """Where the largest value of the last dimension stands, int32; the first of equal ones.
 

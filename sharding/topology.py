@@ -88,12 +88,16 @@ class Topology:
         expert, inner = self._expert_axes()
         return {
             "batch": "data",
+            # in training, where groups have parts of the same sequences
+            "sequence": "data",
             "pages": "data",
             "layers": None,
             # over the groups last: a range of ids that several groups share is one range (`Cut.swap_rows`)
             "vocab": "tensor" if self.dp_lm_head else ("tensor", "data"),
             "logits": "tensor",
             "embed": None,
+            # of what an optimiser keeps, where the parameter has all of `embed` everywhere
+            "moments": "data",
             "features": None,
             "heads": "tensor",
             "kv_heads": "tensor",

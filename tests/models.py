@@ -81,10 +81,15 @@ def tiny_configs(
     return backbone, drafter
 
 
+@cache  # programs are compiled once an instance
+def _tiny_models(dtype: str, **shape) -> Models:
+    config, drafter_config = tiny_configs(**shape)
+    return Models(Declared(lambda: Backbone(config, dtype)), Declared(lambda: Drafter(drafter_config, dtype)))
+
+
 def tiny_model(seed: int, dtype="float32", **shape) -> tuple[Models, ModelParams]:
     """A random backbone and drafter of `tiny_configs`."""
-    config, drafter_config = tiny_configs(**shape)
-    models = Models(Declared(lambda: Backbone(config, dtype)), Declared(lambda: Drafter(drafter_config, dtype)))
+    models = _tiny_models(dtype, **shape)
     assert models.drafter is not None
     return models, ModelParams(random_params(models.backbone, seed, 1.5), random_params(models.drafter, seed + 1))
 
@@ -100,6 +105,7 @@ class Oracle(Drafter):
         return jax.nn.one_hot((drafts - 1) % size, size, dtype=anchor.dtype)  # the head adds one
 
 
+@cache
 def counting_model(vocab: int, offset: int) -> tuple[Models, ModelParams]:
     """A backbone that follows token t with t + 1, and a drafter that is `offset` beyond: perfect at 0, else wrong.
 

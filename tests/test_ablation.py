@@ -26,6 +26,7 @@ class Fallible(Oracle):
         return jnp.where((jnp.arange(good.shape[1]) <= right)[..., None], good, jnp.roll(good, 1, axis=-1))
 
 
+@pytest.mark.slow
 def test_rounds_are_those_of_decoding(monkeypatch, rng):
     """Without decoding: from which drafts of the given answers would stand."""
     monkeypatch.setattr(ablation, "Drafter", Fallible)

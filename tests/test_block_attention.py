@@ -17,7 +17,9 @@ STARTS = np.array([[0, 0, 5, 0], [0, 6, 8, 24]], np.int32)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("visible_keys", [None, 9, 3])
 @pytest.mark.parametrize("with_sink", [True, False])
-def test_equals_decoding(rng, causal, visible_keys, with_sink):
+@pytest.mark.parametrize("long", [10, 1])  # windows are taken out of the context from which on
+def test_equals_decoding(rng, monkeypatch, causal, visible_keys, with_sink, long):
+    monkeypatch.setattr("pallas_kernels.block_attention.LONG", long)
     context = [rng.normal(size=(3, BATCH, POSITIONS, KV_HEADS, d)).astype(np.float32) for d in (QK, V)]
     blocks = ANCHORS.size
     q = rng.normal(size=(blocks, ROWS, HEADS, QK)).astype(np.float32)
@@ -36,5 +38,8 @@ def test_equals_decoding(rng, causal, visible_keys, with_sink):
     anchors, starts = jnp.asarray(ANCHORS.reshape(-1)), jnp.asarray(STARTS.reshape(-1))
     q, context, rings, own = jax.tree.map(jnp.asarray, (q, context, rings, own))
     expected = window_attention(q, *rings, *own, lengths=anchors - starts, **settings)
-    got = jax.jit(lambda: block_attention(q, *context, *own, anchors=anchors, starts=starts, **settings))()
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    placed = {"anchors": anchors, "starts": starts}
+    for before in (0, 4):  # rows that stand before the sequence's beginning, which none may see
+        led = [jnp.pad(x, ((0, 0), (0, 0), (before, 0), (0, 0), (0, 0)), constant_values=7.0) for x in context]
+        run = jax.jit(lambda first, *led: block_attention(q, *led, *own, first=first, **placed, **settings))
+        np.testing.assert_allclose(run(-before, *led), expected, rtol=1e-5, atol=1e-6)

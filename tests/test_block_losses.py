@@ -1,11 +1,16 @@
 """Losses of a drafter's blocks, and their gradients, against their definitions in float64 NumPy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mimo_jax.training.block_losses import score_blocks
+from mimo_jax.training.groups import Groups
+from sharding.collectives import Cut
+from sharding.topology import Topology
 
 VOCAB, HIDDEN, SEEN = 13, 6, 5
 
@@ -64,6 +69,31 @@ def test_equals_its_definition(rng, loss, blocks, rows, gamma):
     np.testing.assert_array_equal(scores.correct, (best == labels) & labelled)
     np.testing.assert_allclose(by_hidden, by_logits @ np.asarray(head, np.float64).T, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(by_teacher, 0)  # the backbone is not trained
+
+
+@pytest.mark.parametrize("loss", ["hard", "kd", "d-pace"])
+def test_a_vocabulary_that_is_cut_changes_nothing(rng, loss):
+    """Loss, what is right, and gradients, where each of four devices has a part of both heads."""
+    hidden, seen = rng.normal(size=(5, 7, HIDDEN)), rng.normal(size=(5, 7, SEEN))
+    head, teacher = rng.normal(size=(HIDDEN, 16)), rng.normal(size=(SEEN, 16))
+    labels, labelled = rng.integers(0, 16, (5, 7)), rng.random((5, 7)) < 0.8
+    hidden, seen, head, teacher = (jnp.asarray(x, jnp.float32) for x in (hidden, seen, head, teacher))
+
+    def scored(vocabulary, hidden, head, teacher):
+        given = jnp.asarray(labels, jnp.int32), jnp.asarray(labelled)
+        heads = partial(jnp.matmul, b=head), partial(jnp.matmul, b=teacher)
+        scores = score_blocks(loss, 7.0, heads[0], hidden, *given, heads[1], seen, vocabulary)
+        return scores.loss / scores.total, scores.correct
+
+    topology, part = Topology(4), jax.P(None, "tensor")
+    here = Groups(topology, topology.mesh()).on_all
+    cut = here(partial(scored, topology.cut("logits")), (jax.P(), part, part), jax.P())
+    expected, got = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(hidden, head, teacher)
+        for f in (partial(scored, Cut()), cut)
+    )
+    assert np.any(expected[0][1])
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got, expected)
 
 
 def test_the_backbones_own_distribution_is_the_best_to_follow(rng):

@@ -41,6 +41,7 @@ def test_logits_are_the_same(case, rng, rows):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_tokens_are_the_same(case):
     models, params, held = case
     prompts = [[1, 2, 3], [7, 5, 4, 9, 30], [11]]

@@ -20,6 +20,7 @@ from mimo_jax.training import TrainingError
 from mimo_jax.training.anchors import candidates, draw_anchors
 from mimo_jax.training.answers import Answers, read_answers
 from mimo_jax.training.drafter_training import DrafterTrainer, Text, block_loss, drafter_step
+from mimo_jax.training.groups import Groups
 from mimo_jax.training.initialization import initial_params
 from mimo_jax.training.optimizers import OptimizerConfig, make_optimizer
 from mimo_jax.training.regeneration import regenerate
@@ -109,7 +110,8 @@ def test_anchors_are_uniform_without_replacement():
     answer[0, 5:20] = True
     answer[1, [3, 4, 9, 20, 21]] = True
     positions = jnp.broadcast_to(jnp.arange(30, dtype=jnp.int32), answer.shape)
-    draw = jax.jit(lambda key: draw_anchors(key, candidates("random", 8, jnp.asarray(answer), positions), 6))
+    candidate = candidates("random", 8, jnp.asarray(answer), positions)
+    draw = jax.jit(lambda key: draw_anchors(key, candidate, 6, Groups()))
     possible = [set(range(5, 19)), {3, 20}, set()]
     counts = np.zeros(30)
     for i in range(400):
@@ -196,6 +198,10 @@ def test_answers_in_rows(tmp_path):
             assert not positions[at:].any()
     assert seen == [set(range(1, 61))] * 2
     assert answers.batch(0, 2, 128, seed=3)["ids"].tolist() != answers.batch(steps, 2, 128, seed=3)["ids"].tolist()
+    apart = [answers.batch(step, 4, 128, seed=3, alone=True) for step in range(15)]
+    assert {row[0] for batch in apart for row in batch["ids"].tolist()} == set(range(1, 61))
+    assert all({n for n in row if n} == {row[0]} for batch in apart for row in batch["ids"].tolist())
+    assert all(batch.keys() == {"ids", "answer", "lengths"} for batch in apart)
     again = answers.batch(5, 2, 128, seed=3)
     np.testing.assert_array_equal(again["ids"], Answers.read(out, 61).batch(5, 2, 128, seed=3)["ids"])
 

@@ -31,8 +31,8 @@ def loss_of_best() -> float:
 
 @pytest.mark.parametrize(("offset", "length"), [(0, 8.0), (5, 1.0)])
 def test_acceptance_counts_tokens_over_rounds(offset, length):
-    found = measure(counter(offset), "chat", [[65], [33, 34], [70]], SamplingParams(max_new_tokens=17), batch=2)
-    assert (found.prompts, found.tokens, found.rounds) == (3, 48, 48 / length)
+    found = measure(counter(offset), "chat", [[65], [33, 34], [70], [71]], SamplingParams(max_new_tokens=17), batch=2)
+    assert (found.prompts, found.tokens, found.rounds) == (4, 64, 64 / length)
     assert found.accepted_length == length
     assert found.per_position == [float(length == 8)] * 7
     assert found.perplexity == pytest.approx(np.exp(loss_of_best()), rel=1e-5)

@@ -75,6 +75,33 @@ def test_equal_to_one_device(way, topology, rows, experts, rng):
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("way", "topology"),
+    [
+        (by_exchange, GROUPS_EP),
+        pytest.param(by_sum, GROUPS_EP, marks=pytest.mark.slow),
+        pytest.param(by_exchange, EP_IN_GROUPS, marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_are_those_of_one_device(way, topology, experts, rng):
+    """Of rows, routing weights and experts, which training needs."""
+    x = rng.normal(size=(8, HIDDEN)).astype(np.float32)
+    ids, weights = routed("even", rng, 8)
+    wanted = rng.normal(size=(8, HIDDEN)).astype(np.float32)
+
+    def loss(run, x, weights, gate_up, down):
+        return jnp.sum(wanted * run(x, ids, weights, gate_up, down))
+
+    def alone(x, ids, weights, gate_up, down):
+        return plain_expert_mlp(x, ids, weights, gate_up[None], down[None], 0)
+
+    found = (
+        jax.jit(jax.grad(partial(loss, run), argnums=(0, 1, 2, 3)))(x, weights, *experts)
+        for run in (on_mesh(way, topology), alone)
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *found)
+
+
 def test_rows_that_do_not_divide_among_the_devices_that_share_them(experts, rng):
     x = rng.normal(size=(5, HIDDEN)).astype(np.float32)
     ids, weights = routed("even", rng, 5)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from mimo_jax.abstract import abstract_model
-from mimo_jax.backbone import runs
+from mimo_jax.layer_loops import Run, stretches
+from mimo_jax.model import Model
 from mimo_jax.presets import PRESETS
 from mimo_jax.request import SamplingParams, batch_requests
 from mimo_jax.speculative import PromptChunk, decode, prefill
@@ -42,13 +43,18 @@ def compiled(model, program, *arguments, **statics):
     return done.as_text() or "", memory.argument_size_in_bytes + memory.temp_size_in_bytes, seconds
 
 
+def bodies(model: Model) -> list[Run]:
+    """The runs of layers that the program has, each once for all times that it is repeated."""
+    return [run for stretch in stretches(model.config.layers, model.models.capture) for run in stretch[0]]
+
+
 @pytest.mark.parametrize("topology", [EIGHT, SIXTEEN], ids=["8 GPUs", "16 GPUs"])
 def test_decode(topology):
     model = model_of(topology)
     text, memory, seconds = compiled(model, decode, rounds=8, verify_length=8)
     print(f"{topology.tensor_parallel} H200: {seconds:.1f} s to compile, {memory / 1e9:.1f} GB a device")
     assert memory < MEMORY
-    layers = list(runs(model.config.layers, model.models.capture))
+    layers = bodies(model)
     moe = sum(run.kind.mlp == "moe" for run in layers)
     found = list(collectives(text))
     counted = Counter(kind for kind, _ in found)
@@ -68,7 +74,7 @@ def test_prefill_of_many_tokens_sends_rows_to_their_experts():
     tokens, counts, last = jnp.zeros((BATCH, 2048), jnp.int32), jnp.zeros(BATCH, jnp.int32), jnp.zeros(BATCH, bool)
     chunk = PromptChunk(tokens, counts, last)
     text, memory, _ = compiled(model, prefill, model.shaped(chunk))
-    moe = sum(run.kind.mlp == "moe" for run in runs(model.config.layers, model.models.capture))
+    moe = sum(run.kind.mlp == "moe" for run in bodies(model))
     counted = Counter(kind for kind, _ in collectives(text))
     assert counted["ragged-all-to-all"] == 4 * moe  # rows, ids and weights; sums on the way back
     assert memory < MEMORY

@@ -9,9 +9,9 @@ import jax
 import pytest
 
 from mimo_jax.abstract import abstract_model
-from mimo_jax.backbone import runs
 from mimo_jax.cli import main
 from mimo_jax.devices import known_devices
+from mimo_jax.layer_loops import stretches
 from mimo_jax.plan import ModelShapes, Plan
 from mimo_jax.presets import PRESETS
 from mimo_jax.request import SamplingParams, batch_requests
@@ -71,7 +71,7 @@ def test_the_release_on_sixteen_devices():
     found = list(collectives(program.as_text() or ""))
     config, drafter = configs()
     assert drafter is not None
-    layers = list(runs(config.layers, drafter.target_layer_ids))  # layers of one kind in a row are one loop
+    layers = [run for stretch in stretches(config.layers, drafter.target_layer_ids) for run in stretch[0]]
     moe = sum(run.kind.mlp == "moe" for run in layers)
     counted = Counter(kind for kind, _ in found)
     assert counted["reduce-scatter"] == moe  # experts' sums to the group that asked

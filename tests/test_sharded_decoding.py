@@ -49,17 +49,17 @@ def test_two_groups_of_two(folder, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("storage", ["expanded", "packed"])
 @pytest.mark.parametrize(
-    "topology",
+    ("topology", "storage"),
     [
-        Topology(2),
-        Topology(2, expert_parallel=2),
-        Topology(8, expert_parallel=8, dense_tensor_parallel=1),
-        Topology(4, 2, 2, dp_attention=True),
-        Topology(8, 8, 8, dp_attention=True, dp_lm_head=True),
-        Topology(8, 4, 4, dp_attention=True, dp_lm_head=True, dense_tensor_parallel=1),
-        Topology(8, 2, 8, dp_attention=True, dense_tensor_parallel=1),
+        (Topology(2), "packed"),
+        (Topology(2, expert_parallel=2), "expanded"),
+        (Topology(8, expert_parallel=8, dense_tensor_parallel=1), "packed"),
+        (Topology(4, 2, 2, dp_attention=True), "expanded"),
+        (Topology(4, 2, 2, dp_attention=True), "packed"),
+        (Topology(8, 8, 8, dp_attention=True, dp_lm_head=True), "expanded"),
+        (Topology(8, 4, 4, dp_attention=True, dp_lm_head=True, dense_tensor_parallel=1), "packed"),
+        (Topology(8, 2, 8, dp_attention=True, dense_tensor_parallel=1), "expanded"),
     ],
 )
 def test_any_topology(folder, expected, topology, storage):

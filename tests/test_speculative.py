@@ -1,5 +1,6 @@
 """The decode loop: golden runs, losslessness, cuts, rows of different lengths."""
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from safetensors.numpy import load_file
 
 from mimo_jax.backbone import Backbone, BackboneOutput
 from mimo_jax.layers import array, rms_norm
+from mimo_jax.model import Model
 from mimo_jax.params import Declared
 from mimo_jax.request import SamplingParams
 from mimo_jax.speculative import ModelParams, Models, decode
@@ -44,9 +46,7 @@ def test_golden_runs(folder, name, last, prompt):
     expected = load_file(folder / "e2e_golden.safetensors")
     window = golden_model(folder / "target").config.sliding_window
     model = golden_model(folder / "target", drafter=folder / f"drafter_{name}", swa_visible_keys=window)
-    models = model.models
-    if last == "postnorm":
-        models = Models(_postnorm(folder, window), models.drafter)
+    models = model.models if last == "prenorm" else _postnorm(model)
     run = {
         part: expected[f"{name}.{last}.{prompt}.{part}"]
         for part in ("prompt", "tokens", "accept_lengths", "blocks", "posterior")
@@ -66,14 +66,10 @@ def test_golden_runs(folder, name, last, prompt):
         np.testing.assert_array_equal(log.tokens, run["posterior"])
 
 
-_POSTNORM: dict = {}
-
-
-def _postnorm(folder, window):
-    if folder not in _POSTNORM:
-        config = golden_model(folder / "target", swa_visible_keys=window).config
-        _POSTNORM[folder] = Declared(lambda: PostNormBackbone(config, "float32"))
-    return _POSTNORM[folder]
+@cache
+def _postnorm(model: Model) -> Models:
+    config = model.config
+    return Models(Declared(lambda: PostNormBackbone(config, "float32")), model.models.drafter)
 
 
 @pytest.fixture(scope="module")

@@ -31,12 +31,14 @@ def model(corpus, tmp_path_factory):
     plain, qat, model = runs / "plain", runs / "qat", runs / "model"
     answers, drafter = runs / "answers.jsonl", runs / "drafter"
     backbone, few = ("backbone", "--corpus", corpus), ("--prompts", 12, "--max-new-tokens", 24, "--batch", 6)
+    mesh = ("--tp", 2, "--dp", 2, "--ep", 2, "--enable-dp-attention", "--cut-sequences")
+    drafting = ("--anchors", 8, "--edges", "exchange", *mesh)
     steps = [
         (*backbone, "--out", plain, "--steps", 3, *SMALL),
-        (*backbone, "--out", qat, "--steps", 2, *SMALL, "--qat", "--start-from", plain, "--optimizer", "adamw"),
+        (*backbone, "--out", qat, "--steps", 2, *SMALL, "--qat", "--start-from", plain, "--optimizer", "adamw", *mesh),
         ("export", "--run", qat, "--corpus", corpus, "--out", model),
         ("regenerate", "--model", model, "--out", answers, *few),
-        ("drafter", "--model", model, "--answers", answers, "--out", drafter, "--steps", 3, "--anchors", 8, *SMALL),
+        ("drafter", "--model", model, "--answers", answers, "--out", drafter, "--steps", 3, *SMALL, *drafting),
         ("export", "--run", drafter, "--out", model / "dflash"),
     ]
     for step in steps:
@@ -133,6 +135,11 @@ def test_what_cannot_be_trained_gets_one_clear_line(corpus, capsys, tmp_path):
         ((*train, tmp_path / "short"), "less than one window"),
         ((*train, tmp_path / "wide"), "the tokenizer of another model"),
         ((*train, corpus, "--start-from", tmp_path), "no run.json"),
+        (
+            (*train, corpus, "--tp", 4, "--dp", 4, "--ep", 4, "--enable-dp-attention"),
+            "2 rows cannot be shared equally by 4",
+        ),
+        ((*train, corpus, "--tp", 2, "--dp", 2), "without DP attention"),
         ((*train, corpus, "--length", 2_000_000), "more than the model's context"),
         (("export", "--run", tmp_path, "--out", tmp_path / "x"), "no run.json"),
         (("drafter", "--model", tmp_path, "--answers", tmp_path / "answers.jsonl", "--out", tmp_path / "d"), "config"),

@@ -78,7 +78,18 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     )
     compiling.add_argument("--devices", type=positive, default=16, metavar="N", help="default: 16")
     compiling.set_defaults(handler="mimo_jax.evaluation.commands:bench_compile_command")
-    for kind, runs in ((decode, 5), (scenarios, 5), (loading, 5), (shard, 5), (compiling, 3)):
+    signals = kinds.add_parser(
+        "signals",
+        help="blocks a second of drafter training on sequences cut over devices, and bytes between these",
+        description="Train a drafter's blocks, with random weights and features, on sequences that are cut over 1 to 8 "
+        "devices of this machine's CPU: by parts of one length (weak scaling) and by parts of one sequence (strong).",
+    )
+    signals.add_argument("--preset", choices=sorted(PRESETS), default="tiny", help="default: tiny, with its drafter")
+    signals.add_argument("--length", type=positive, default=131072, metavar="N", help="default: 131072")
+    signals.add_argument("--anchors", type=positive, default=512, metavar="N", help="of the longest (default: 512)")
+    signals.add_argument("--picture", type=Path, metavar="FILE", help="also draw them there (PNG, SVG or PDF)")
+    signals.set_defaults(handler="mimo_jax.evaluation.commands:bench_signals_command")
+    for kind, runs in ((decode, 5), (scenarios, 5), (loading, 5), (shard, 5), (compiling, 3), (signals, 5)):
         kind.add_argument("--runs", type=positive, default=runs, metavar="N", help=f"default: {runs}")
         kind.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
 

@@ -16,6 +16,7 @@ from mimo_jax.evaluation.quality import compare_exact, compare_perplexity, exact
 from mimo_jax.evaluation.reporting import check_outputs, report
 from mimo_jax.evaluation.scenarios import SCENARIOS, held_out_texts, prompts
 from mimo_jax.evaluation.shard import bench_shard, random_model, share
+from mimo_jax.evaluation.signals import DEVICES, bench_signals
 from mimo_jax.evaluation.speed import compare_speed
 from mimo_jax.generate import Generator
 from mimo_jax.plan import default_topology
@@ -90,6 +91,18 @@ def bench_compile_command(arguments: argparse.Namespace) -> None:
     found = bench_compile(arguments.preset, arguments.devices, runs=arguments.runs)
     named = f"{arguments.preset} on {arguments.devices} devices: {topology_words(default_topology(arguments.devices))}"
     report("mimo-jax", [tables.compiling(found)], {"compile": [r.as_json() for r in found]}, named, arguments.json)
+
+
+def bench_signals_command(arguments: argparse.Namespace) -> None:
+    """`mimo-jax bench signals`."""
+    check_outputs(arguments.json, arguments.picture)
+    asked = arguments.preset, arguments.length, arguments.anchors
+    with counting_bar("cases", len(DEVICES) * 4) as advance:
+        found = bench_signals(*asked, runs=arguments.runs, progress=advance)
+    more = f"{arguments.preset}'s drafter, float32; devices share the cores"
+    report("mimo-jax", [tables.signals(found)], {"signals": [r.as_json() for r in found]}, more, arguments.json)
+    if arguments.picture:
+        pictures.signals(found, arguments.picture)
 
 
 def eval_acceptance(arguments: argparse.Namespace) -> None:

@@ -5,8 +5,6 @@ size. Every time is that of a process of its own, which runs this file.
 """
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -18,6 +16,7 @@ import jax
 
 from mimo_jax.abstract import abstract_model
 from mimo_jax.evaluation.bench import Spread
+from mimo_jax.evaluation.processes import with_devices
 from mimo_jax.placement import check
 from mimo_jax.plan import DTYPE, default_topology
 from mimo_jax.presets import PRESETS
@@ -84,24 +83,14 @@ def _result(what: str, runs: list[dict[str, Any]]) -> CompileResult:
 
 
 def _in_a_process(preset: str, devices: int, cache: str) -> dict[str, Any]:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     keeping = {
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     begun = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", __spec__.name, preset, str(devices)],
-        env=os.environ | keeping | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    seconds = time.perf_counter() - begun
-    if done.returncode:
-        raise RuntimeError(f"the process that compiles {preset} for {devices} devices ended with {done.returncode}")
-    return json.loads(done.stdout) | {"process": seconds}
+    measured = with_devices(devices, __spec__.name, preset, str(devices), environment=keeping)
+    return measured | {"process": time.perf_counter() - begun}
 
 
 def _measure(preset: str, devices: int) -> dict[str, Any]:

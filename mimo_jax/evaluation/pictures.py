@@ -7,6 +7,7 @@ import numpy as np
 
 from mimo_jax.evaluation.acceptance import RELEASE_CARD, Acceptance
 from mimo_jax.evaluation.quality import Comparison
+from mimo_jax.evaluation.signals import DEVICES, SignalsResult
 from mimo_jax.progress import drawing
 from mimo_jax.training.ablation_results import Effect
 
@@ -63,3 +64,23 @@ def ablation(results: Sequence[Effect], path: Path) -> None:
             base = next((r.accepted_length for r in results if r.prompts == name), float("nan"))
             axis.set_title(f"{name} prompts; base {base:.2f}")
             axis.set_xlabel("change of tokens a round, 95 % interval")
+
+
+def signals(results: Sequence[SignalsResult], path: Path) -> None:
+    """Anchors a second, and bytes that devices send beside the gradients, by number of devices."""
+    with drawing(path, columns=2) as (left, right):
+        for scaling, edges in dict.fromkeys((r.scaling, r.edges) for r in results):
+            of = [r for r in results if (r.scaling, r.edges) == (scaling, edges)]
+            devices, label = [r.devices for r in of], f"{scaling} scaling, edges: {edges}"
+            left.plot(devices, [r.anchors_per_second for r in of], marker="o", label=label)
+            right.plot(devices, [r.sums_bytes + r.context_bytes for r in of], marker="o", label=label)
+        for axis, name in (
+            (left, "anchors a second, on the same cores"),
+            (right, "bytes of sums and context"),
+        ):
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(DEVICES, map(str, DEVICES))
+            axis.set_xlabel("devices")
+            axis.set_ylabel(name)
+            axis.set_ylim(bottom=0)
+            axis.legend(fontsize="small")

@@ -10,6 +10,7 @@ from mimo_jax.evaluation.compiling import CompileResult
 from mimo_jax.evaluation.loading import LoadResult
 from mimo_jax.evaluation.quality import Comparison
 from mimo_jax.evaluation.shard import ShardResult
+from mimo_jax.evaluation.signals import SignalsResult
 from mimo_jax.evaluation.speed import Speedup
 from mimo_jax.model import Model
 from mimo_jax.training.ablation_results import Effect
@@ -88,6 +89,21 @@ def compiling(results: Sequence[CompileResult]) -> Table:
     for r in results:
         times = (spread(s) for s in (r.lower_seconds, r.compile_seconds, r.cpu_seconds, r.process_seconds))
         table.add_row(r.what, *times, f"{r.cache_hits} of {r.cache_hits + r.cache_misses}")
+    return table
+
+
+def signals(results: Sequence[SignalsResult]) -> Table:
+    """Of `bench signals`."""
+    title = "Drafter blocks on sequences cut over devices: loss and gradients, median (lowest-highest)"
+    table = Table(title=title, title_justify="left")
+    for name in ("scaling", "edges"):
+        table.add_column(name)
+    for name in ("devices", "positions", "anchors", "ms", "anchors/s", "sums B", "context B", "gradients B"):
+        table.add_column(name, justify="right")
+    for r in results:
+        sent = (f"{size:,}" for size in (r.sums_bytes, r.context_bytes, r.gradient_bytes))
+        sizes = f"{r.devices}", f"{r.length:,}", f"{r.anchors:,}"
+        table.add_row(r.scaling, r.edges, *sizes, spread(r.milliseconds, 0), f"{r.anchors_per_second:,.0f}", *sent)
     return table
 
 

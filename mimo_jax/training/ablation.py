@@ -103,8 +103,9 @@ def _stood(
 ) -> jax.Array:
     """[batch, blocks] int32: drafts that stand before the first wrong one, in blocks at anchors [batch, blocks]."""
     backbone = trainer.backbone.bind(frozen)
-    text = read(trainer, backbone, batch)
-    return fill_blocks(trainer, backbone, params, text, anchors, jnp.ones(anchors.shape, bool)).stood
+    return fill_blocks(
+        trainer, backbone, params, read(trainer, frozen, batch), anchors, jnp.ones(anchors.shape, bool)
+    ).stood
 
 
 def rounds_of(stood: Sequence[int], verify_length: int) -> int:

@@ -5,6 +5,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from mimo_jax.training.groups import Groups
+
 Choice = Literal["random", "fixed"]
 """Anywhere in an answer, drawn anew every step; or only where an answer that is cut into blocks has one begin."""
 
@@ -30,17 +32,24 @@ def candidates(choice: Choice, block: int, answer: jax.Array, positions: jax.Arr
     return answer & follows & ((before - earlier) % block == 0)
 
 
-def draw_anchors(key: jax.Array, candidate: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def draw_anchors(key: jax.Array, candidate: jax.Array, count: int, groups: Groups) -> tuple[jax.Array, jax.Array]:
     """Draw anchors uniformly without replacement.
+
+    Of sequences that are cut over devices, each device draws among its own positions. What is drawn does not depend on
+    how many devices there are, except by which positions are whose.
 
     Args:
         key: Of the step.
-        candidate: [batch, length] bool.
-        count: Anchors a row.
+        candidate: [batch, length] bool, as `Groups.ids` says.
+        count: Anchors of a row, on each device.
+        groups: Of the mesh.
 
     Returns:
         Anchors [batch, count] int32 and whether each is one, [batch, count] bool: rows may have fewer candidates.
     """
-    order = jnp.where(candidate, jax.random.uniform(key, candidate.shape), 2.0)
+    rows, length = candidate.shape
+    whole = rows if groups.cut_sequences else rows * groups.together.width, length
+    candidate = groups.sequence.part(candidate, 1)
+    order = jnp.where(candidate, groups.part(jax.random.uniform(key, whole)), 2.0)
     drawn, anchors = jax.lax.top_k(-order, min(count, candidate.shape[1]))
-    return anchors.astype(jnp.int32), drawn > -2.0
+    return anchors.astype(jnp.int32) + groups.first(candidate.shape[1]), drawn > -2.0

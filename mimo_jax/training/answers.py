@@ -42,8 +42,8 @@ class Answers:
         """Tells these answers from others."""
         return f"{len(self.pairs)} answers, crc32 {zlib.crc32(json.dumps(self.pairs).encode()):08x}"
 
-    def batch(self, step: int, rows: int, length: int, seed: int) -> dict[str, np.ndarray]:
-        """The batch of a step: rows that hold as many answers as fit, each behind its prompt.
+    def batch(self, step: int, rows: int, length: int, seed: int, alone: bool = False) -> dict[str, np.ndarray]:
+        """The batch of a step: rows that hold as many answers as fit, or one alone, each behind its prompt.
 
         Answers that are longer than a row are cut. Every epoch has each answer once, and rows in an order drawn anew;
         its last batch is filled up with others of its rows. An answer has the same company in every epoch, which it
@@ -54,16 +54,20 @@ class Answers:
             rows: Of a batch.
             length: Of these.
             seed: Of the order.
+            alone: Whether no answer shares a row.
 
         Returns:
             `ids` and `answer` [rows, length], `positions` [rows, length] int32 in each prompt and answer, which begin
-            at 0, and `lengths` [rows] int32: how many ids of each row are real.
+            at 0, and `lengths` [rows] int32: how many ids of each row are real. Rows of one answer have no `positions`.
         """
-        packed = self.packed(length)
+        packed = [[n] for n in range(len(self.pairs))] if alone else self.packed(length)
         epoch, at = divmod(step, -(-len(packed) // rows))
         order = np.random.default_rng([seed, epoch]).permutation(len(packed))
         chosen = np.resize(order, max(order.size, (at + 1) * rows))[at * rows : (at + 1) * rows]
-        return self.rows([packed[n] for n in chosen], length)
+        found = self.rows([packed[n] for n in chosen], length)
+        if alone:
+            del found["positions"]
+        return found
 
     def size(self, number: int, length: int) -> int:
         """Tokens of an answer that a row of `length` has room for behind its prompt."""

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from mimo_jax.arguments import positive
+from mimo_jax.arguments import positive, topology_arguments
 from mimo_jax.presets import NANO, PRESETS
 from mimo_jax.training.arms import ARMS
 from mimo_jax.training.block_losses import Loss
@@ -19,7 +19,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         "training), export, regenerate (the model's own answers), drafter, export.",
     )
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
-    for add in (_corpus, _backbone, _regenerate, _drafter, _export, _ablate):
+    for add in (_corpus, _backbone, _regenerate, _drafter, _plan, _export, _ablate):
         add(steps)
 
 
@@ -89,8 +89,45 @@ def _drafter(steps: argparse._SubParsersAction) -> None:
         default=7.0,
         help="decay of the weights in a block, but for d-pace (default: 7, the release's)",
     )
+    parser.add_argument(
+        "--edges",
+        choices=("exchange", "skip"),
+        default="exchange",
+        help="with --cut-sequences, for anchors near the edge of a part: fetch their window from the neighbour "
+        "(default), or draw none there, so that nothing is fetched",
+    )
     _run(parser, batch=8, length=512, steps=1000, rate=2e-3)
     parser.set_defaults(handler="mimo_jax.training.commands:train_drafter")
+
+
+def _plan(steps: argparse._SubParsersAction) -> None:
+    parser = steps.add_parser(
+        "plan",
+        help="what a step of drafter training takes at a real size",
+        description="Tell from shapes alone what every device holds in a step of drafter training, and the least time "
+        "it can take. Needs neither the devices nor the weights. Without topology options, the model lies as in "
+        "`mimo-jax plan`.",
+    )
+    parser.add_argument(
+        "--preset", default="mimo-v2.5-pro", choices=sorted(PRESETS), help="size and shape (default: mimo-v2.5-pro)"
+    )
+    parser.add_argument("--devices", required=True, metavar="COUNTxNAME", help="such as 64xH200")
+    parser.add_argument(
+        "--device-file", type=Path, metavar="FILE", help="more devices, in the form of the package's devices.json"
+    )
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences a step (default: 1)")
+    parser.add_argument("--length", type=positive, default=131072, metavar="N", help="of each (default: 131072)")
+    parser.add_argument("--anchors", type=positive, default=4096, metavar="N", help="blocks a step (default: 4096)")
+    parser.add_argument(
+        "--whole-sequences", action="store_true", help="give each group sequences of its own, not parts of every one"
+    )
+    parser.add_argument("--edges", choices=("exchange", "skip"), default="exchange", help="as in `train drafter`")
+    parser.add_argument(
+        "--compile", action="store_true", help="also compile the step for as many devices of this machine's CPU"
+    )
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    topology_arguments(parser, size=None)
+    parser.set_defaults(handler="mimo_jax.training.commands:train_plan")
 
 
 def _export(steps: argparse._SubParsersAction) -> None:
@@ -149,3 +186,9 @@ def _run(parser: argparse.ArgumentParser, *, batch: int, length: int, steps: int
     parser.add_argument("--weight-decay", type=float, default=0.1, metavar="X", help="of matrices (default: 0.1)")
     parser.add_argument("--checkpoint-every", type=positive, default=100, metavar="N", help="steps (default: 100)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--cut-sequences",
+        action="store_true",
+        help="give every data-parallel group a part of each sequence, rather than sequences of its own",
+    )
+    topology_arguments(parser)

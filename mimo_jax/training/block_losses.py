@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mimo_jax.training.objective import Head, cross_entropy, distillation
+from sharding.collectives import Cut
 
 Loss = Literal["hard", "kd", "d-pace"]
 """Cross-entropy against the answer's tokens; against the backbone's distribution there; against the tokens, weighed by
@@ -38,6 +39,7 @@ def score_blocks(
     labelled: jax.Array,
     teacher: Head,
     seen: jax.Array,
+    vocabulary: Cut = Cut(),
 ) -> BlockScores:
     """Score the draft rows of blocks.
 
@@ -51,12 +53,13 @@ def score_blocks(
             nothing.
         teacher: From the backbone's last hidden states to its logits.
         seen: [blocks, rows, hidden]: the backbone's last hidden state at the position before each row's.
+        vocabulary: What cuts the logits of both.
     """
     rows = hidden.reshape(labels.size, -1)
     if loss == "kd":
-        scores = distillation(head, rows, labels.reshape(-1), teacher, seen.reshape(labels.size, -1))
+        scores = distillation(head, rows, labels.reshape(-1), teacher, seen.reshape(labels.size, -1), vocabulary)
     else:
-        scores = cross_entropy(head, rows, labels.reshape(-1))
+        scores = cross_entropy(head, rows, labels.reshape(-1), vocabulary)
     losses = scores.loss.reshape(labels.shape)
     if loss == "d-pace":
         weights, total = _gains(losses, labelled), jnp.sum(jnp.any(labelled, axis=1))

@@ -10,30 +10,38 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from mimo_jax import placement
+from mimo_jax.arguments import topology_of
 from mimo_jax.backbone import Backbone
 from mimo_jax.byte_tokenizer import write_byte_tokenizer
+from mimo_jax.commands import planned_topology
 from mimo_jax.config import BackboneConfig, DrafterConfig
+from mimo_jax.devices import known_devices, parse_devices
 from mimo_jax.drafter import Drafter
 from mimo_jax.generate import Generator
 from mimo_jax.params import Declared, Params
 from mimo_jax.presets import PRESETS
-from mimo_jax.progress import counting_bar
+from mimo_jax.progress import counting_bar, output_console
 from mimo_jax.request import SamplingParams
 from mimo_jax.tokenizer import Tokenizer
-from mimo_jax.training import TrainingError
+from mimo_jax.training import TrainingError, step_report
 from mimo_jax.training.answers import Answers
 from mimo_jax.training.backbone_training import BackboneTrainer, backbone_step
 from mimo_jax.training.corpus.mixture import documents
 from mimo_jax.training.drafter_training import DrafterTrainer, drafter_step
 from mimo_jax.training.fake_quantization import as_stored
+from mimo_jax.training.groups import Groups
 from mimo_jax.training.induction import with_induction
 from mimo_jax.training.initialization import initial_drafter, initial_params
+from mimo_jax.training.local_shard import skipped
 from mimo_jax.training.loop import Run
 from mimo_jax.training.optimizers import OptimizerConfig, TrainState, make_optimizer
 from mimo_jax.training.prompts import asked, asked_late
 from mimo_jax.training.regeneration import regenerate
 from mimo_jax.training.release import write_drafter, write_plain, write_release
+from mimo_jax.training.step_plan import StepPlan
 from mimo_jax.training.tokens import Conversation, Tokens, tokenize
 
 _LEARNT_FROM = 4000  # documents that a tokenizer learns its merges from
@@ -70,10 +78,15 @@ def train_backbone(arguments: argparse.Namespace) -> None:
     config = BackboneConfig.from_hf(hf)
     tokens = Tokens.read(arguments.corpus / "train.safetensors", config.vocab_size)
     optimizer = _optimizer(arguments)
-    backbone = Declared(lambda: Backbone(config, "float32"))
+    groups = _groups(arguments)
+    placement.check(groups.topology, config)
+    groups.check(arguments.batch, arguments.length)
+    groups.check_heads(*map(config.attention, config.attention_kinds))
+    backbone = Declared(lambda: Backbone(config, "float32", groups.topology))
     check_length(arguments.length, config)
     tokens.batch(0, arguments.batch, arguments.length + 1, arguments.seed)  # raises if the text is shorter than a row
-    trainer = BackboneTrainer(backbone, make_optimizer(backbone.axes, optimizer, arguments.steps), arguments.qat)
+    optimizing = make_optimizer(backbone.axes, optimizer, arguments.steps)
+    trainer = BackboneTrainer(backbone, optimizing, arguments.qat, groups)
     settings = {"qat": arguments.qat, "start_from": _named(arguments.start_from)}
     run = Run(arguments.out, settings | _settings(arguments, optimizer, tokens))
     params = with_induction(initial_params(backbone, len(config.layers), arguments.seed), config, arguments.seed)
@@ -117,16 +130,24 @@ def train_drafter(arguments: argparse.Namespace) -> None:
     hf = PRESETS[arguments.preset].drafter
     if hf is None:
         raise TrainingError(f"the preset {arguments.preset} has no drafter")
-    start_from: Path | None = arguments.start_from
-    model = Generator.load(arguments.model, drafter=start_from or "none", storage="expanded", dtype="float32").model
     config = DrafterConfig.from_hf(hf)
+    groups = _groups(arguments)
+    groups.check_heads(config.attention)
+    groups.check(arguments.batch, arguments.length)
+    skipped(config, groups, arguments.edges)  # raises if they cannot be
+    start_from: Path | None = arguments.start_from
+    options: dict[str, Any] = {"drafter": start_from or "none", "topology": groups.topology}
+    if jax.default_backend() == "cpu":  # elsewhere packed and in bfloat16, as it is served
+        options |= {"storage": "expanded", "dtype": "float32"}
+    model = Generator.load(arguments.model, **options).model
     config.check_fits(model.config)
     if start_from is not None and model.drafter_config != config:
         raise TrainingError(f"{start_from}: this drafter has another shape than that of the preset {arguments.preset}")
+    placement.check(groups.topology, model.config, config)
     answers = Answers.read(arguments.answers, model.config.vocab_size)
     check_length(arguments.length, model.config)
     optimizer = _optimizer(arguments)
-    drafter = Declared(lambda: Drafter(config, "float32"))
+    drafter = Declared(lambda: Drafter(config, model.dtype, groups.topology))
     trainer = DrafterTrainer(
         model.models.backbone,
         drafter,
@@ -134,17 +155,21 @@ def train_drafter(arguments: argparse.Namespace) -> None:
         anchors=arguments.anchors,
         loss=arguments.loss,
         gamma=arguments.gamma,
+        groups=groups,
+        edges=arguments.edges,
     )
     settings = {"model": _named(arguments.model), "start_from": _named(start_from)}
-    settings |= {name: getattr(arguments, name) for name in ("anchors", "loss", "gamma")}
+    settings |= {name: getattr(arguments, name) for name in ("anchors", "loss", "gamma", "cut_sequences")}
     run = Run(arguments.out, settings | _settings(arguments, optimizer, answers))
-    params = model.params.drafter
-    if params is None:
+    if model.params.drafter is None:
         params = initial_drafter(drafter, model.params.backbone["embedding"], arguments.seed)
+    else:
+        params = jax.tree.map(lambda x: x.astype(jnp.float32), model.params.drafter)
     key = jax.random.key(arguments.seed)
 
     def batch(step: int) -> dict[str, Any]:
-        return answers.batch(step, arguments.batch, arguments.length, arguments.seed) | {"step": step}
+        given = answers.batch(step, arguments.batch, arguments.length, arguments.seed, alone=arguments.cut_sequences)
+        return given | {"step": step}
 
     def step(state: TrainState, given: dict[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
         number = given.pop("step")
@@ -160,6 +185,29 @@ def train_drafter(arguments: argparse.Namespace) -> None:
         title=f"drafter {arguments.preset}",
     )
     print(f"trained {arguments.out}", file=sys.stderr)
+
+
+def train_plan(arguments: argparse.Namespace) -> None:
+    """`mimo-jax train plan`."""
+    config, drafter = PRESETS[arguments.preset].configs()
+    if drafter is None:
+        raise TrainingError(f"the preset {arguments.preset} has no drafter")
+    count, device = parse_devices(arguments.devices, known_devices(arguments.device_file))
+    topology, _ = planned_topology(arguments, count)
+    load = arguments.batch, arguments.length, arguments.anchors
+    plan = StepPlan(config, drafter, topology, device, *load, not arguments.whole_sequences, arguments.edges)
+    described = step_report.describe(plan)
+    if arguments.compile:
+        described["compiled"] = step_report.compiled(arguments.preset, plan)
+    if arguments.json:
+        print(json.dumps(described))
+    else:
+        step_report.report(described, output_console(), step_report.heading(arguments.preset, plan))
+    if not described["fits"]:
+        raise TrainingError(
+            f"does not fit: each of {count} x {device.name} would need {plan.used:,} bytes and has "
+            f"{int(device.memory_bytes):,}; what helps: more devices, or fewer positions a step"
+        )
 
 
 def train_export(arguments: argparse.Namespace) -> None:
@@ -191,6 +239,12 @@ def _optimizer(arguments: argparse.Namespace) -> OptimizerConfig:
     return OptimizerConfig(
         arguments.optimizer, arguments.learning_rate, arguments.warmup, arguments.final, arguments.weight_decay
     )
+
+
+def _groups(arguments: argparse.Namespace) -> Groups:
+    """The mesh to train on, which is no part of what defines a run: it may go on on another."""
+    topology = topology_of(arguments)
+    return Groups(topology, topology.mesh(), arguments.cut_sequences)
 
 
 def _settings(arguments: argparse.Namespace, optimizer: OptimizerConfig, text: Tokens | Answers) -> dict[str, Any]:

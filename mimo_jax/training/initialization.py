@@ -37,4 +37,4 @@ def initial_params(declared: Declared, layers: int, seed: int) -> Params:
 def initial_drafter(declared: Declared, embedding: jax.Array, seed: int) -> Params:
     """The same for a drafter, whose mask vector begins as the mean of its backbone's embedding [vocab, hidden]."""
     params = initial_params(declared, declared.module.config.num_layers, seed)
-    return params | {"mask_embedding": jnp.mean(embedding, axis=0)}
+    return params | {"mask_embedding": jnp.mean(embedding, axis=0, dtype=jnp.float32)}

@@ -90,7 +90,8 @@ class Run:
             step = manager.latest_step()
             if step is None:
                 return None
-            return step, manager.restore(step, args=ocp.args.StandardRestore(jax.eval_shape(lambda x: x, like)))
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+            return step, manager.restore(step, args=ocp.args.StandardRestore(shapes))
 
     def train(
         self,

@@ -6,8 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sharding.collectives import Cut
+
 Head = Callable[[jax.Array], jax.Array]
-"""Rows [n, hidden] to logits [n, vocab] float32."""
+"""Rows [n, hidden] to logits [n, vocab] float32, or to a device's part of them."""
 
 
 class Scores(NamedTuple):
@@ -19,26 +21,35 @@ class Scores(NamedTuple):
     """[rows] bool: whether the best token is the label."""
 
 
-def cross_entropy(head: Head, hidden: jax.Array, labels: jax.Array, chunk: int = 1024) -> Scores:
+def cross_entropy(
+    head: Head, hidden: jax.Array, labels: jax.Array, vocabulary: Cut = Cut(), chunk: int = 1024
+) -> Scores:
     """Cross-entropy of `head(hidden)` against labels; logits are made, and made again for the gradient.
 
     Args:
         head: Makes logits.
         hidden: [rows, hidden].
         labels: [rows] int32.
+        vocabulary: What cuts the logits, of which a device has a part.
         chunk: Rows whose logits exist at a time.
     """
 
     def one(hidden: jax.Array, labels: jax.Array) -> Scores:
         logits = head(hidden)
-        picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-        return Scores(jax.nn.logsumexp(logits, axis=-1) - picked, jnp.argmax(logits, axis=-1) == labels)
+        loss = vocabulary.logsumexp(logits) - vocabulary.take(logits, labels)
+        return Scores(loss, _best(logits, vocabulary) == labels)
 
     return _in_chunks(one, chunk, hidden, labels)
 
 
 def distillation(
-    head: Head, hidden: jax.Array, labels: jax.Array, teacher: Head, seen: jax.Array, chunk: int = 1024
+    head: Head,
+    hidden: jax.Array,
+    labels: jax.Array,
+    teacher: Head,
+    seen: jax.Array,
+    vocabulary: Cut = Cut(),
+    chunk: int = 1024,
 ) -> Scores:
     """Cross-entropy of `head(hidden)` against the distribution of `teacher(seen)`, both made as in `cross_entropy`.
 
@@ -48,16 +59,22 @@ def distillation(
         labels: [rows] int32; for `correct` only.
         teacher: Makes the logits to follow, of which no gradient is taken.
         seen: [rows, teacher's hidden].
+        vocabulary: What cuts the logits of both.
         chunk: Rows whose logits exist at a time.
     """
 
     def one(hidden: jax.Array, labels: jax.Array, seen: jax.Array) -> Scores:
         logits = head(hidden)
-        wanted = jax.nn.softmax(jax.lax.stop_gradient(teacher(seen)), axis=-1)
-        loss = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(wanted * logits, axis=-1)
-        return Scores(loss, jnp.argmax(logits, axis=-1) == labels)
+        given = jax.lax.stop_gradient(teacher(seen))
+        wanted = jnp.exp(given - vocabulary.logsumexp(given)[:, None])
+        loss = vocabulary.logsumexp(logits) - vocabulary.sum(jnp.sum(wanted * logits, axis=-1))
+        return Scores(loss, _best(logits, vocabulary) == labels)
 
     return _in_chunks(one, chunk, hidden, labels, seen)
+
+
+def _best(logits: jax.Array, vocabulary: Cut) -> jax.Array:
+    return vocabulary.argmax(jax.lax.stop_gradient(logits))
 
 
 def _in_chunks(one: Callable[..., Scores], chunk: int, *rows: jax.Array) -> Scores:

@@ -27,7 +27,7 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def device(model):
-    made = executor(model)
+    made = executor(model, pages=40)  # fewer than all slots can fill
     yield made
     made.close()
 
@@ -88,18 +88,16 @@ async def test_samples_share_their_prompt_and_differ_by_seed(model, device, rng)
     assert [end_of(events, i).usage.cached_tokens for i in range(1, 4)] == [32] * 3
 
 
-async def test_pages_run_short_and_nobody_notices(model, rng):
-    device = executor(model, pages=9, snapshots=2)
+async def test_pages_run_short_and_nobody_notices(model, device, rng):
     asked = [
         GenerationRequest(
-            f"r{i}", rng.integers(0, model.config.vocab_size, 30).tolist(), SamplingParams(60, temperature=1.0, seed=i)
+            f"r{i}", rng.integers(0, model.config.vocab_size, 30).tolist(), SamplingParams(220, temperature=1.0, seed=i)
         )
         for i in range(4)
     ]
     async with serving(device, model) as engine:
         given = await answers(engine, asked)
         assert engine._scheduler.retractions > 0
-    device.close()
     for request, events in zip(asked, given, strict=True):
         assert tokens_of(events) == offline(model, list(request.prompt_ids), request.sampling)
 
@@ -215,7 +213,7 @@ async def test_the_engine_runs_on_while_a_request_is_put_together(model):
         running = asyncio.create_task(collect(engine.submit(GenerationRequest("a", [1], SamplingParams(200)))))
         await asyncio.sleep(0)
         waiting = engine.submit(GenerationRequest("b", [2], SamplingParams(5), n=3, constraint=SlowToCopy()))
+        assert engine.abort("b")  # before "a" ends and it has the slot
         assert len(tokens_of(await running)) == 200
-        assert engine.abort("b")
         ends = await collect(waiting)
         assert [end_of(ends, index).reason for index in range(3)] == ["abort"] * 3

@@ -14,6 +14,7 @@ from smg_grpc_proto.generated.sglang_scheduler_pb2_grpc import SglangSchedulerSt
 
 from mimo_jax import Generator, SamplingParams
 from mimo_jax.synthesize import synthesize
+from tests.checkpoint_files import MICRO
 
 pytestmark = pytest.mark.slow
 
@@ -22,8 +23,8 @@ FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_cou
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("hosts") / "tiny"
-    synthesize("tiny", out, seed=11)
+    out = tmp_path_factory.mktemp("hosts") / "micro"
+    synthesize(MICRO, out, seed=11)
     return out
 
 
@@ -51,7 +52,7 @@ def test_two_processes_serve_as_one_and_end_together(folder, address, tmp_path):
             assert second.poll() is None, logs[1].read_text()
             assert time.monotonic() < until, logs[0].read_text()
             time.sleep(0.2)
-        prompts = [[5, 6, 7, 8], [300, 17], list(range(40, 90))]
+        prompts = [[5, 6, 7, 8], [250, 17], list(range(40, 90))]
         settings = [SamplingParams(24, temperature=t, seed=9, ignore_eos=True) for t in (0.0, 1.0, 1.0)]
 
         async def ask() -> list[list[int]]:

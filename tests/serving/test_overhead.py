@@ -34,6 +34,7 @@ def test_the_host_alone(tmp_path, capsys):
     assert "Microseconds of the host" in shown
 
 
+@pytest.mark.slow
 def test_both_sides_give_the_same_tokens(tmp_path, capsys):
     synthesize(MICRO, tmp_path / "model", seed=0)
     server = ("--model", str(tmp_path / "model"), "--max-running-requests", "2", "--context-length", "1024")

@@ -25,8 +25,10 @@ from smg_grpc_proto.generated import sglang_scheduler_pb2 as pb
 from smg_grpc_proto.generated.sglang_scheduler_pb2_grpc import SglangSchedulerStub
 
 from mimo_jax import Generator, SamplingParams
+from mimo_jax.synthesize import synthesize
 from serve.protos.mimo.serve.v1 import generation_pb2
 from serve.protos.mimo.serve.v1.generation_pb2_grpc import GenerationStub
+from tests.checkpoint_files import MICRO
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +83,14 @@ def server(tmp_path_factory) -> Iterator[Server]:
     yield made
     made.process.kill()
     made.process.wait()
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> tuple[str, ...]:
+    """Flags of a server that is up soon, where it matters how one lives and not what it says."""
+    folder = tmp_path_factory.mktemp("model") / "micro"
+    synthesize(MICRO, folder, seed=0)
+    return "--model", str(folder), "--served-model-name", "micro", "--disable-precompile"
 
 
 @pytest.fixture(scope="module")
@@ -277,9 +287,9 @@ def test_a_client_without_stubs_is_answered(server):
         client.channel.close()
 
 
-def test_killed_under_load_its_clients_know_at_once_and_another_takes_its_place(tmp_path):
-    server = Server(tmp_path)
-    server.wait_until("ready: nano")
+def test_killed_under_load_its_clients_know_at_once_and_another_takes_its_place(tmp_path, quick):
+    server = Server(tmp_path, *quick)
+    server.wait_until("ready: micro")
 
     async def ended() -> tuple[list[str], float]:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
@@ -315,9 +325,9 @@ def test_killed_under_load_its_clients_know_at_once_and_another_takes_its_place(
     assert codes == ["UNAVAILABLE"] * 12
     assert seconds < 5
     assert server.process.wait(10) == -signal.SIGKILL
-    again = Server(tmp_path, port=server.grpc_port)
+    again = Server(tmp_path, *quick, port=server.grpc_port)
     try:
-        again.wait_until("ready: nano")
+        again.wait_until("ready: micro")
 
         async def ask() -> str:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{again.grpc_port}") as channel:
@@ -335,10 +345,10 @@ def test_killed_under_load_its_clients_know_at_once_and_another_takes_its_place(
         again.process.wait()
 
 
-def test_drained_it_stays_until_it_is_told_to_end(tmp_path):
+def test_drained_it_stays_until_it_is_told_to_end(tmp_path, quick):
     """An open watch does not hold it up."""
-    server = Server(tmp_path)
-    server.wait_until("ready: nano")
+    server = Server(tmp_path, *quick)
+    server.wait_until("ready: micro")
     serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
     async def scenario() -> None:
@@ -365,10 +375,10 @@ def test_drained_it_stays_until_it_is_told_to_end(tmp_path):
         server.process.wait()
 
 
-def test_told_to_end_it_finishes_what_it_has(tmp_path):
-    server = Server(tmp_path)
+def test_told_to_end_it_finishes_what_it_has(tmp_path, quick):
+    server = Server(tmp_path, *quick)
     assert server.http("/ready")[0] == 503 if _listening(server) else True
-    server.wait_until("ready: nano")
+    server.wait_until("ready: micro")
 
     async def scenario() -> tuple[Any, str]:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
@@ -395,8 +405,8 @@ def test_told_to_end_it_finishes_what_it_has(tmp_path):
     assert server.process.wait(20) == 0
 
 
-def test_told_twice_it_ends_at_once(tmp_path):
-    server = Server(tmp_path)
+def test_told_twice_it_ends_at_once(tmp_path, quick):
+    server = Server(tmp_path, *quick)
     server.wait_until("not ready yet")
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(10) == 0
