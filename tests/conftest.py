@@ -2,6 +2,7 @@
 
 import filecmp
 import gc
+import logging
 import os
 import socket
 import sys
@@ -85,6 +86,17 @@ def forget_compiled_programs() -> Iterator[None]:
         models.counter.cache_clear()
     gc.collect()
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """What a launch in this process configures ends with its test, as does the stream that it logs to."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
