@@ -58,25 +58,23 @@ class Cut:
 
         Where the whole begins later than that, zeros stand for what is missing.
         """
-        size, found = part.shape[axis], list[jax.Array]()
-        for hops in range(1, min(self.width - 1, -(-count // size)) + 1):
-            wanted = min(size, count - (hops - 1) * size)
-            send = jax.lax.slice_in_dim(part, size - wanted, size, axis=axis)
-            found.insert(0, jax.lax.ppermute(send, self.axes, [(i, i + hops) for i in range(self.width - hops)]))
-        missing = count - sum(x.shape[axis] for x in found)
-        nothing = jnp.zeros((*part.shape[:axis], missing, *part.shape[axis + 1 :]), part.dtype)
-        return jnp.concatenate([nothing, *found], axis)
+        return self._beyond(part, count, axis, after=False)
 
     def after(self, part: jax.Array, count: int, axis: int) -> jax.Array:
         """The first `count` positions after those of this device, as `before`."""
-        size, found = part.shape[axis], list[jax.Array]()
+        return self._beyond(part, count, axis, after=True)
+
+    def _beyond(self, part: jax.Array, count: int, axis: int, after: bool) -> jax.Array:
+        size, found = part.shape[axis], list[jax.Array]()  # from the nearest neighbour on
         for hops in range(1, min(self.width - 1, -(-count // size)) + 1):
             wanted = min(size, count - (hops - 1) * size)
-            send = jax.lax.slice_in_dim(part, 0, wanted, axis=axis)
-            found.append(jax.lax.ppermute(send, self.axes, [(i + hops, i) for i in range(self.width - hops)]))
+            start = 0 if after else size - wanted
+            send = jax.lax.slice_in_dim(part, start, start + wanted, axis=axis)
+            ways = [(i + hops, i) if after else (i, i + hops) for i in range(self.width - hops)]
+            found.append(jax.lax.ppermute(send, self.axes, ways))
         missing = count - sum(x.shape[axis] for x in found)
-        nothing = jnp.zeros((*part.shape[:axis], missing, *part.shape[axis + 1 :]), part.dtype)
-        return jnp.concatenate([*found, nothing], axis)
+        found.append(jnp.zeros((*part.shape[:axis], missing, *part.shape[axis + 1 :]), part.dtype))
+        return jnp.concatenate(found if after else found[::-1], axis)
 
     def take(self, part: jax.Array, places: jax.Array) -> jax.Array:
         """Elements [...] of the last dimension, at places [...] in the whole."""
