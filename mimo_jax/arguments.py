@@ -82,6 +82,14 @@ def loading_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def device_arguments(parser: argparse.ArgumentParser, example: str) -> None:
+    """Options of commands that plan for devices which need not be there."""
+    parser.add_argument("--devices", required=True, metavar="COUNTxNAME", help=f"such as {example}")
+    parser.add_argument(
+        "--device-file", type=Path, metavar="FILE", help="more devices, in the form of the package's devices.json"
+    )
+
+
 def topology_arguments(parser: argparse.ArgumentParser, size: int | None = 1) -> None:
     """How a model is spread over devices, under the names that serving engines use.
 

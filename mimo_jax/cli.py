@@ -9,7 +9,14 @@ from pathlib import Path
 
 import jax
 
-from mimo_jax.arguments import host_arguments, hosts, model_arguments, positive, topology_arguments
+from mimo_jax.arguments import (
+    device_arguments,
+    host_arguments,
+    hosts,
+    model_arguments,
+    positive,
+    topology_arguments,
+)
 from mimo_jax.compilation_cache import keep_programs
 from mimo_jax.evaluation.arguments import add_bench, add_eval
 from mimo_jax.exit_status import exit_status
@@ -159,10 +166,7 @@ def _plan(commands: argparse._SubParsersAction) -> None:
         "--model", type=Path, metavar="DIR", help="checkpoint folder; only its and its drafter's config.json are read"
     )
     model.add_argument("--preset", choices=sorted(PRESETS), help="a size that is known by name")
-    parser.add_argument("--devices", required=True, metavar="COUNTxNAME", help="such as 8xH200")
-    parser.add_argument(
-        "--device-file", type=Path, metavar="FILE", help="more devices, in the form of the package's devices.json"
-    )
+    device_arguments(parser, "8xH200")
     topology_arguments(parser, size=None)
 
     group = parser.add_argument_group("load")

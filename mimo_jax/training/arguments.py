@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from mimo_jax.arguments import positive, topology_arguments
+from mimo_jax.arguments import device_arguments, positive, topology_arguments
 from mimo_jax.presets import NANO, PRESETS
 from mimo_jax.training.arms import ARMS
 from mimo_jax.training.block_losses import Loss
@@ -111,10 +111,7 @@ def _plan(steps: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--preset", default="mimo-v2.5-pro", choices=sorted(PRESETS), help="size and shape (default: mimo-v2.5-pro)"
     )
-    parser.add_argument("--devices", required=True, metavar="COUNTxNAME", help="such as 64xH200")
-    parser.add_argument(
-        "--device-file", type=Path, metavar="FILE", help="more devices, in the form of the package's devices.json"
-    )
+    device_arguments(parser, "64xH200")
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences a step (default: 1)")
     parser.add_argument("--length", type=positive, default=131072, metavar="N", help="of each (default: 131072)")
     parser.add_argument("--anchors", type=positive, default=4096, metavar="N", help="blocks a step (default: 4096)")
