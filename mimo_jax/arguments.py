@@ -173,6 +173,7 @@ def hosts(arguments: argparse.Namespace) -> Iterator[None]:
         open(os.devnull, "w", encoding="utf-8") as nowhere,
         redirect_stdout(nowhere if group.process else sys.stdout),
     ):
+        print(f"mimo-jax: all {group.processes} processes are there", file=sys.stderr)
         yield
 
 

@@ -56,13 +56,16 @@ def test_two_processes_give_the_tokens_of_one(folder, address, temperature, more
     assert tokens(first) == tokens(alone)
     assert tokens(second) == [], "process 0 speaks for both"
     assert "process 0 of 2 at 127.0.0.1" in said
+    assert "all 2 processes are there" in said
 
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_other_within_ten_seconds(folder, address):
     asked = ("--prompt-ids", "[5, 6, 7, 8]", "--max-new-tokens", "100000", "--ignore-eos")
     first, second = pair(folder, address, *asked)
-    time.sleep(20)  # amid loading, compiling or decoding, which of them does not matter
+    while "all 2 processes are there" not in (line := first.stderr.readline()):
+        assert line, "it ended before the other came"
+    time.sleep(10)  # amid loading, compiling or decoding, which of them does not matter
     assert first.poll() is None
     second.send_signal(signal.SIGKILL)
     begun = time.monotonic()

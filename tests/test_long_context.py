@@ -12,8 +12,8 @@ from mimo_jax.cache import RingKV, backbone_cache, drafter_ring
 from mimo_jax.drafter import Drafter
 from mimo_jax.params import Declared
 from mimo_jax.request import SamplingParams, batch_requests
-from mimo_jax.speculative import DecodeState, ModelParams, Models, decode, empty_state
-from tests.models import random_params, started, tiny_configs
+from mimo_jax.speculative import DecodeState, ModelParams, Models, PromptChunk, decode, empty_state, prefill
+from tests.models import random_params, tiny_configs
 
 NEW = 24
 
@@ -40,25 +40,12 @@ def _one_head_model(seed: int) -> tuple[Models, ModelParams]:
     return models, ModelParams(random_params(models.backbone, seed, 1.5), random_params(models.drafter, seed + 1))
 
 
-@pytest.mark.slow
-def test_decoding_after_a_prompt_of_128k(seed):
-    """Prefill in chunks through pages and rings, then speculative decoding equals plain decoding."""
-    models, params = _one_head_model(seed)
-    prompt = np.random.default_rng(seed).integers(0, 61, 131_072).tolist()
-    settings = [SamplingParams(max_new_tokens=NEW)]
-    state, requests, _ = started(models, params, [prompt], settings, capacity=131_072 + 64, chunk=1024)
-    assert int(state.cache.lengths[0]) == 131_072
-    plain = _tokens(models, params, state, requests, 1)
-    assert len(plain[0]) == NEW - 1
-    assert _tokens(models, params, state, requests, 8) == plain
-
-
-def _filled(models: Models, context: int, seed: int) -> DecodeState:
-    """A state in which `context` positions are committed, with random keys and values."""
+def _filled(models: Models, context: int, seed: int, room: int = 64) -> DecodeState:
+    """A state in which `context` positions are committed, with random keys and values; `room` more can be."""
     assert models.drafter is not None
     config = models.backbone.module.config
-    cache = backbone_cache(config, 1, context + 64, 8, "float32")
-    ring = drafter_ring(models.drafter.module.config, 1, context + 64, "float32")
+    cache = backbone_cache(config, 1, context + room, 8, "float32")
+    ring = drafter_ring(models.drafter.module.config, 1, context + room, "float32")
     state = empty_state(cache, ring, config.vocab_size)
     keys = iter(jax.random.split(jax.random.key(seed), 64))
     state = jax.tree.map(
@@ -66,6 +53,24 @@ def _filled(models: Models, context: int, seed: int) -> DecodeState:
     )
     cache = replace(state.cache, lengths=jnp.array([context], jnp.int32))
     return replace(state, cache=cache, anchor=jnp.array([5], jnp.int32), active=jnp.array([True]))
+
+
+@pytest.mark.slow
+def test_the_end_of_a_prompt_of_128k(seed):
+    """Its last chunks go through pages and rings, then speculative decoding equals plain decoding."""
+    models, params = _one_head_model(seed)
+    chunk, chunks = 1024, 3
+    prompt = np.random.default_rng(seed).integers(0, 61, (chunks, 1, chunk)).astype(np.int32)
+    requests = batch_requests([prompt.reshape(-1).tolist()], [SamplingParams(max_new_tokens=NEW)], (), 61)
+    before = 131_072 - chunk * chunks
+    state = replace(_filled(models, before, seed, chunk * chunks + 64), active=jnp.array([False]))
+    for i in range(chunks):
+        part = PromptChunk(jnp.asarray(prompt[i]), jnp.array([chunk], jnp.int32), jnp.array([i == chunks - 1]))
+        state, _ = prefill(models, params, state, requests, part)
+    assert int(state.cache.lengths[0]) == 131_072
+    plain = _tokens(models, params, state, requests, 1)
+    assert len(plain[0]) == NEW - 1
+    assert _tokens(models, params, state, requests, 8) == plain
 
 
 @pytest.mark.slow

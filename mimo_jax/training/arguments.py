@@ -58,6 +58,14 @@ def _regenerate(steps: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--context", type=int, default=0, metavar="N", help="tokens of conversation before an answer, at least"
     )
+    parser.add_argument(
+        "--reworded",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="of conversations that ask in words of no generator: a drafter must follow its backbone there, too "
+        "(default: 0.5)",
+    )
     parser.add_argument("--batch", type=positive, default=32, metavar="N", help="default: 32")
     parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="default: 512")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")

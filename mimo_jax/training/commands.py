@@ -117,7 +117,7 @@ def train_regenerate(arguments: argparse.Namespace) -> None:
     if arguments.context:
         given = asked_late(generator.tokenizer, arguments.seed, arguments.context)
     else:
-        given = (prompt for prompt, _ in asked(generator.tokenizer, arguments.seed))
+        given = (prompt for prompt, _ in asked(generator.tokenizer, arguments.seed, arguments.reworded))
     prompts = list(islice(given, arguments.prompts))
     params = SamplingParams(arguments.max_new_tokens, arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
     with counting_bar("answers", arguments.prompts) as advance:

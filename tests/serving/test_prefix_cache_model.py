@@ -303,7 +303,7 @@ class MachineOfWidePages(Machine):
 
 
 STEPS = settings(max_examples=150, stateful_step_count=50, deadline=None)
-SOAK = settings(max_examples=1500, stateful_step_count=80, deadline=None)
+SOAK = settings(max_examples=300, stateful_step_count=80, deadline=None)
 
 MACHINES = (MachineOfSinglePositions, Machine, MachineOfWidePages)
 
