@@ -10,7 +10,7 @@ from mimo_jax.config import MoeConfig
 from mimo_jax.expert_dispatch import on_all_devices
 from mimo_jax.layers import Layer, array, declare
 from mimo_jax.quantization import ByLayer, InterleavedWeight, MXFP4Weight, inputs_first
-from pallas_kernels.expert_mlp import ExpertIndex, expert_mlp, plain_expert_mlp
+from pallas_kernels.expert_mlp import expert_mlp, plain_expert_mlp
 from pallas_kernels.interleaved_expert_mlp import interleaved_expert_mlp
 from pallas_kernels.mxfp4_expert_mlp import mxfp4_expert_mlp
 from sharding.topology import Topology
@@ -75,7 +75,7 @@ class MoE(nnx.Module):
         if isinstance(gate_up, ByLayer):
             stacks, row = (gate_up.layers[layer], down.layers[layer]), ()
 
-        def expert(e: ExpertIndex) -> tuple[jax.Array, jax.Array]:
+        def expert(e: jax.Array) -> tuple[jax.Array, jax.Array]:
             at = jax.tree.map(lambda w: w[*row, e], stacks)
             return inputs_first(at[0], x.dtype), inputs_first(at[1], x.dtype)
 

@@ -1,7 +1,4 @@
-"""SwiGLU experts over routed tokens: only the experts that some token chose are touched, one tile of rows at a time.
-
-Where there are few experts and tokens, all rows go through all experts instead: one large product for many small ones.
-"""
+"""SwiGLU experts over routed tokens: only the experts that some token chose are touched, one tile of rows at a time."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,15 +11,12 @@ from pallas_kernels.precision import matmul_precision
 
 MIN_TILE, MAX_TILE = 8, 128
 
-ExpertIndex = jax.Array | slice
-"""An expert's id (scalar int32), or all of them."""
-
 
 def expert_mlp(
     x: jax.Array,
     ids: jax.Array,
     weights: jax.Array,
-    expert: Callable[[ExpertIndex], tuple[jax.Array, jax.Array]],
+    expert: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
     experts: int,
     routed: int | None = None,
 ) -> jax.Array:
@@ -35,8 +29,7 @@ def expert_mlp(
         ids: [tokens, top_k] int32, each token's experts, none below 0.
         weights: [tokens, top_k] float32, their routing weights.
         expert: Given an expert's id (scalar int32), its gate and up [2, hidden, inner] and its down [inner, hidden] in
-            x's dtype; given a slice of ids, those of all, stacked. Called once an expert and tile of rows, so packed
-            weights are expanded one expert at a time.
+            x's dtype. Called once an expert and tile of rows, so packed weights are expanded one expert at a time.
         experts: Their number.
         routed: Experts that all ids are spread over, those elsewhere included; decides how many rows run at a time.
             Default: `experts`.
@@ -44,33 +37,47 @@ def expert_mlp(
     Returns:
         [tokens, hidden] float32. No token is dropped, whatever the routing.
     """
-    if x.shape[0] <= MIN_TILE and ids.size >= (routed or experts):
-        # most experts are chosen by some row, and the least tile of each would have as many rows
-        return _all_experts(x, ids, weights, *expert(slice(None)))
+    if x.shape[0] <= MIN_TILE:
+        return _few_tokens(x, ids, weights, expert, experts)
     plan = _tiles(ids, experts, routed or experts)
 
     def add_tile(i: jax.Array, out: jax.Array) -> jax.Array:
         e, pair, token = plan.tile(i)
         gate_up, down = expert(e)
         rows = x.at[token].get(mode="fill", fill_value=0)
-        gate, up = _product("gti,gio->gto", jnp.broadcast_to(rows, (2, *rows.shape)), gate_up)
-        y = _product("ti,io->to", (jax.nn.silu(gate) * up).astype(x.dtype), down)
+        y = _swiglu(rows, gate_up, down)
         scaled = y.astype(jnp.float32) * weights.reshape(-1)[pair][:, None]
         return out.at[token].add(scaled, mode="drop")
 
     return jax.lax.fori_loop(0, plan.count, add_tile, jnp.zeros(x.shape, jnp.float32))
 
 
-def _all_experts(x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-    """`expert_mlp` of gate_up [experts, 2, hidden, inner] and down [experts, inner, hidden]."""
-    experts = gate_up.shape[0]
+def _few_tokens(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    expert: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    experts: int,
+) -> jax.Array:
+    """`expert_mlp` where one tile holds all tokens: each chosen expert takes them as they lie."""
     chosen = jax.nn.one_hot(ids, experts, dtype=jnp.float32)  # [tokens, top_k, experts]
     share = jnp.einsum("tke,tk->et", chosen, weights, precision=jax.lax.Precision.HIGHEST)[..., None]
-    both = _product("egti,egio->egto", jnp.broadcast_to(x, (experts, 2, *x.shape)), gate_up)
-    inner = jax.nn.silu(both[:, 0]) * both[:, 1]
-    y = _product("eti,eio->eto", inner.astype(x.dtype), down)
-    # what an expert that is not chosen gives may be no number
-    return jnp.sum(jnp.where(share != 0, y.astype(jnp.float32) * share, 0.0), axis=0)
+    some = jnp.any(chosen != 0, axis=(0, 1))
+    chosen_first = jnp.argsort(~some)
+
+    def add_expert(i: jax.Array, out: jax.Array) -> jax.Array:
+        e = chosen_first[i]
+        y = _swiglu(x, *expert(e)).astype(jnp.float32)
+        # what an expert gives a token that did not choose it may be no number
+        return out + jnp.where(share[e] != 0, y * share[e], 0.0)
+
+    return jax.lax.fori_loop(0, jnp.sum(some), add_expert, jnp.zeros(x.shape, jnp.float32))
+
+
+def _swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    """[tokens, hidden] through one expert, whose weights lie inputs first."""
+    gate, up = _product("gti,gio->gto", jnp.broadcast_to(x, (2, *x.shape)), gate_up)
+    return _product("ti,io->to", (jax.nn.silu(gate) * up).astype(x.dtype), down)
 
 
 class _Tiles(NamedTuple):
@@ -139,7 +146,7 @@ def plain_expert_mlp(
         [tokens, hidden] float32.
     """
 
-    def expert(e: ExpertIndex) -> tuple[jax.Array, jax.Array]:
+    def expert(e: jax.Array) -> tuple[jax.Array, jax.Array]:
         return inputs_first(gate_up[layer, e].astype(x.dtype)), inputs_first(down[layer, e].astype(x.dtype))
 
     return expert_mlp(x, ids, weights, expert, gate_up.shape[1], routed)

@@ -17,6 +17,7 @@ from mimo_jax.evaluation.score import log_probabilities, score
 from mimo_jax.evaluation.speed import compare_speed
 from mimo_jax.request import SamplingParams
 from mimo_jax.synthesize import synthesize
+from tests.checkpoint_files import MICRO
 from tests.models import counter
 
 VOCAB = SMALLEST_VOCABULARY
@@ -160,7 +161,7 @@ def test_speed_is_compared_side_by_side():
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for seed in (0, 1):
-        synthesize("tiny", root / str(seed), seed=seed)
+        synthesize(MICRO, root / str(seed), seed=seed)
     return root
 
 

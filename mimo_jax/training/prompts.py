@@ -59,7 +59,7 @@ def asked_late(tokenizer: Tokenizer, seed: int, context: int) -> Iterator[list[i
 
 
 def _reworded(request: str, others: Sequence[str], rng: random.Random) -> str:
-    """A request of which sentences change places, and words are left out, moved, or replaced by `others`; code stays."""
+    """A request whose sentences change places, and words are left out, moved, or replaced by `others`; code stays."""
     prose, fence, code = request.partition("\n\n```")
     sentences = prose.split(". ")
     rng.shuffle(sentences)

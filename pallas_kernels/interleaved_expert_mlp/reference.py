@@ -2,7 +2,7 @@
 
 import jax
 
-from pallas_kernels.expert_mlp import ExpertIndex, expert_mlp, inputs_first
+from pallas_kernels.expert_mlp import expert_mlp, inputs_first
 from pallas_kernels.interleaved_mxfp4 import decode
 
 
@@ -20,7 +20,7 @@ def interleaved_expert_mlp(
 ) -> jax.Array:
     """See `pallas_kernels.interleaved_expert_mlp`."""
 
-    def expert(e: ExpertIndex) -> tuple[jax.Array, jax.Array]:
+    def expert(e: jax.Array) -> tuple[jax.Array, jax.Array]:
         gate_up = decode(gate_up_words[layer, e], gate_up_scales[layer, e], x.dtype)
         down = decode(down_words[layer, e], down_scales[layer, e], x.dtype)
         return inputs_first(gate_up), inputs_first(down)

@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels import mxfp4
-from pallas_kernels.expert_mlp import ExpertIndex, expert_mlp, inputs_first
+from pallas_kernels.expert_mlp import expert_mlp, inputs_first
 
 
 def mxfp4_expert_mlp(
@@ -20,7 +20,7 @@ def mxfp4_expert_mlp(
 ) -> jax.Array:
     """See `pallas_kernels.mxfp4_expert_mlp`."""
 
-    def expert(e: ExpertIndex) -> tuple[jax.Array, jax.Array]:
+    def expert(e: jax.Array) -> tuple[jax.Array, jax.Array]:
         gate_up = mxfp4.decode(gate_up_codes[layer, e], gate_up_scales[layer, e], x.dtype)
         down = mxfp4.decode(down_codes[layer, e], down_scales[layer, e], x.dtype)
         return inputs_first(gate_up), inputs_first(down)
