@@ -60,15 +60,19 @@ CORPUS := --corpus $(NANO)/corpus
 PRETRAIN := --steps 2200 --batch 4 --length 512 --final 1 --warmup 50 --seed 0
 FINISH := --start-from $(NANO)/base --steps 160 --batch 1 --length 4096 --final 0.05 --warmup 10 --seed 1
 DISTIL := --steps 2000 --batch 4 --anchors 384 --final 0.05 --seed 0
+WIDEN := --start-from $(NANO)/distilled --steps 900 --batch 4 --anchors 384 --learning-rate 1e-3 --final 0.05 --seed 1
 
 nano: $(STAMP) ## train the model in the package again, from nothing, into runs/nano (some hours)
 	test -e $(NANO)/corpus/corpus.json || $(TRAIN) corpus --out $(NANO)/corpus --documents 24000 --seed 0
 	$(TRAIN) backbone $(CORPUS) --out $(NANO)/base $(PRETRAIN)
 	$(TRAIN) backbone $(CORPUS) --out $(NANO)/qat --qat $(FINISH)
 	$(TRAIN) export $(CORPUS) --run $(NANO)/qat --out $(NANO)/model --overwrite
-	$(TRAIN) regenerate --model $(NANO)/model --out $(NANO)/answers.jsonl --prompts 6200 --batch 256 --seed 11
+	$(TRAIN) regenerate --model $(NANO)/model --out $(NANO)/answers.jsonl --prompts 6200 --reworded 0 --batch 256 --seed 11
 	$(TRAIN) drafter --model $(NANO)/model --answers $(NANO)/answers.jsonl --out $(NANO)/drafter $(DISTIL)
-	$(TRAIN) export --run $(NANO)/drafter --out $(NANO)/model/dflash --overwrite
+	$(TRAIN) export --run $(NANO)/drafter --out $(NANO)/distilled --overwrite
+	$(TRAIN) regenerate --model $(NANO)/model --out $(NANO)/reworded.jsonl --prompts 4000 --batch 256 --seed 12
+	$(TRAIN) drafter --model $(NANO)/model --answers $(NANO)/reworded.jsonl --out $(NANO)/wide $(WIDEN)
+	$(TRAIN) export --run $(NANO)/wide --out $(NANO)/model/dflash --overwrite
 
 test: $(STAMP) ## the suite a person waits for (ARGS=... go to pytest)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow and not gpu_compile" $(ARGS)
