@@ -1,4 +1,4 @@
-"""Long contexts end to end: prefill and decode at 128K, decode at the edge of a million positions."""
+"""Long contexts end to end: the end of a prompt of 128K, decode there and at the edge of a million positions."""
 
 from dataclasses import replace
 
