@@ -63,6 +63,7 @@ def test_two_processes_give_the_tokens_of_one(folder, address, temperature, more
 def test_a_killed_process_ends_the_other_within_ten_seconds(folder, address):
     asked = ("--prompt-ids", "[5, 6, 7, 8]", "--max-new-tokens", "100000", "--ignore-eos")
     first, second = pair(folder, address, *asked)
+    assert first.stderr is not None
     while "all 2 processes are there" not in (line := first.stderr.readline()):
         assert line, "it ended before the other came"
     time.sleep(10)  # amid loading, compiling or decoding, which of them does not matter
