@@ -9,14 +9,7 @@ from pathlib import Path
 
 import jax
 
-from mimo_jax.arguments import (
-    device_arguments,
-    host_arguments,
-    hosts,
-    model_arguments,
-    positive,
-    topology_arguments,
-)
+from mimo_jax.arguments import device_arguments, host_arguments, hosts, model_arguments, positive, topology_arguments
 from mimo_jax.compilation_cache import keep_programs
 from mimo_jax.evaluation.arguments import add_bench, add_eval
 from mimo_jax.exit_status import exit_status
